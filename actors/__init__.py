@@ -1,0 +1,1 @@
+"""Plain classes that Ray hosts, and the two loops between them."""

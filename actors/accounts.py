@@ -1,0 +1,135 @@
+"""The driver's books: what a run did so far, as one row per update, as a TrainingState, and as totals at the end."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from actors.engine_loop import EngineUsage
+from actors.pipeline import UpdateRecord
+from async_rlhf.config import Config
+from async_rlhf.state import TrainingState
+from async_rlhf.types import InstallReport
+
+Row = dict[str, float]
+
+
+@dataclass
+class Accounts:
+    """Cumulative counts from the first ticket to the last update."""
+
+    config: Config
+    run_id: str
+    started_s: float = field(default_factory=time.perf_counter)
+    last_s: float = field(default_factory=time.perf_counter)
+    updates: int = 0
+    optimizer_steps: int = 0
+    prompts: int = 0
+    completions: int = 0
+    tokens: int = 0
+    staleness_max: int = 0
+    train_s: float = 0.0
+    reward_mean: float | None = None
+    best_reward_mean: float | None = None
+    first_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    queue: Mapping[str, int] = field(default_factory=dict[str, int])
+    dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+    health: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def begin(self, usage: Mapping[str, EngineUsage]) -> None:
+        """The first ticket is about to go out: shares and rates count from here."""
+        self.started_s = self.last_s = time.perf_counter()
+        self.first_usage = self.last_usage = dict(usage)
+
+    def add(self, record: UpdateRecord, installs: Mapping[str, InstallReport]) -> Row:
+        """Book one update; returns its row."""
+        now = time.perf_counter()
+        row = self._row(record, installs, elapsed_s=max(now - self.last_s, 1e-9), now=now)
+        summary, report, counters = record.summary, record.reports[0], record.counters
+        self.updates += 1
+        self.optimizer_steps = report.optimizer_steps
+        self.prompts += summary.num_groups
+        self.completions += summary.num_completions
+        self.tokens += summary.num_completion_tokens
+        self.staleness_max = max(self.staleness_max, summary.staleness_max)
+        self.train_s += record.step_s
+        self.reward_mean = summary.metrics["reward/mean"]
+        self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
+        self.last_s, self.last_usage = now, dict(record.usage)
+        self.queue = {
+            "leased": counters.leased,
+            "scoring": counters.scoring,
+            "waiting": counters.waiting,
+            "taken": counters.taken,
+            "trained": counters.trained,
+        }
+        self.dropped = {**counters.voided, **counters.dropped, **{f"refused_{why}": n for why, n in counters.refused.items()}}
+        self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
+        return row
+
+    def state(self, phase: str) -> TrainingState:
+        """Where the run stands now."""
+        return TrainingState(
+            run_id=self.run_id,
+            phase=phase,
+            version=self.updates,
+            num_updates=self.config.updates,
+            optimizer_steps=self.optimizer_steps,
+            prompts=self.prompts,
+            completions=self.completions,
+            tokens=self.tokens,
+            seed=self.config.seed,
+            reward_mean=self.reward_mean,
+            best_reward_mean=self.best_reward_mean,
+            staleness_max=self.staleness_max,
+            weights_version=self.updates,
+            queue=dict(self.queue),
+            actors=dict(self.health),
+            updated_at=time.time(),
+        )
+
+    @property
+    def generator_idle_share(self) -> float:
+        """Share of the time from the first ticket to the last update in which the generators had nothing to sample."""
+        return _idle(self.first_usage, self.last_usage, self.last_s - self.started_s)
+
+    @property
+    def learner_idle_share(self) -> float:
+        """Share of the same time in which the learner did not train."""
+        return _clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
+
+    def _row(self, record: UpdateRecord, installs: Mapping[str, InstallReport], *, elapsed_s: float, now: float) -> Row:
+        summary, report = record.summary, record.reports[0]
+        steps_per_update = report.optimizer_steps / (self.updates + 1)
+        return {
+            "update": summary.update,
+            "version": report.version,
+            "optimizer_steps": report.optimizer_steps,
+            "time_s": now - self.started_s,
+            **summary.metrics,
+            **report.metrics,
+            "queue/staleness_optimizer_steps_mean": summary.metrics["queue/staleness_mean"] * steps_per_update,
+            "queue/depth_groups": record.counters.waiting,
+            "queue/wait_s": record.wait_s,
+            "train/step_s": record.step_s,
+            "train/tokens_per_s": report.num_tokens / record.step_s,
+            "train/idle_share": _clip(1 - record.step_s / elapsed_s),
+            "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
+            "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s),
+            "weights/export_s": record.export_s,
+            "weights/install_s": max((install.install_s for install in installs.values()), default=0.0),
+            "weights/canary_error_nats": max((install.canary_error for install in installs.values()), default=0.0),
+        }
+
+
+def _tokens(usage: Mapping[str, EngineUsage]) -> int:
+    return sum(of_one.num_tokens for of_one in usage.values())
+
+
+def _idle(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage], elapsed_s: float) -> float:
+    busy_s = sum(after[name].busy_s - before[name].busy_s for name in after)
+    return _clip(1 - busy_s / max(elapsed_s * len(after), 1e-9))
+
+
+def _clip(share: float) -> float:
+    return min(1.0, max(0.0, share))

@@ -1,0 +1,153 @@
+"""A thread that steps an engine, and runs commands between two steps.
+
+Everything that touches the engine happens on this thread, in the order in which it was asked for: adding requests,
+replacing weights, scoring the canary. So a weight update needs no pause protocol; it falls exactly between two tokens.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from async_rlhf.errors import EngineError
+from async_rlhf.protocols import Engine
+from async_rlhf.types import Rollout
+
+T = TypeVar("T")
+Finished = Callable[[str, tuple[Rollout, ...]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineUsage:
+    """Cumulative since the loop began."""
+
+    busy_s: float
+    """Seconds in which the engine had completions to sample."""
+    num_tokens: int
+    """Completion tokens of finished groups."""
+    num_completions: int
+
+
+@dataclass(slots=True)
+class _Command:
+    run: Callable[[Engine], Any]
+    future: "Future[Any]"
+    when_idle: bool
+
+
+class EngineLoop:
+    """Owns an engine and its thread."""
+
+    def __init__(self, engine: Engine, on_finished: Finished) -> None:
+        """
+        Args:
+            on_finished: called on the loop's thread with each finished request and its completions.
+        """
+        self._engine = engine
+        self._on_finished = on_finished
+        self._commands: deque[_Command] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._usage = EngineUsage(busy_s=0.0, num_tokens=0, num_completions=0)
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def usage(self) -> EngineUsage:
+        """A snapshot of the counters."""
+        return self._usage
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the loop, if anything did."""
+        return self._failure
+
+    def call(self, run: Callable[[Engine], T], *, when_idle: bool = False) -> "Future[T]":
+        """Run `run(engine)` between two steps; later commands wait for it.
+
+        Args:
+            when_idle: wait until the engine has finished everything that it was given before.
+        Raises:
+            EngineError: the loop has ended.
+        """
+        command = _Command(run, Future(), when_idle)
+        with self._changed:
+            self._check_alive()
+            self._commands.append(command)
+            self._changed.notify_all()
+        return command.future
+
+    def close(self) -> None:
+        """Stop after the current step and free the engine."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=30)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine failed: {self._failure!r}") from self._failure
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                ran = self._run_commands()
+                # A command may finish completions, too (the canary steps the engine): hand them out even if nothing else runs.
+                if ran or self._engine.num_running:
+                    self._step()
+        except BaseException as error:  # the thread's end: whoever waits must learn of it
+            self._failure = error
+            self._end(f"the engine failed: {error!r}")
+        else:
+            self._end("the engine is closed")
+        finally:
+            self._engine.close()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._closed or self._commands or self._engine.num_running):
+                self._changed.wait()
+            return not self._closed
+
+    def _run_commands(self) -> bool:
+        """Run what is due; returns whether there was anything."""
+        ran = False
+        while True:
+            with self._changed:
+                blocked = bool(self._commands) and self._commands[0].when_idle and self._engine.num_running > 0
+                if not self._commands or blocked:
+                    return ran
+                command = self._commands.popleft()
+            try:
+                result = command.run(self._engine)
+            except BaseException as error:
+                command.future.set_exception(error)
+                raise
+            command.future.set_result(result)
+            ran = True
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        finished = self._engine.step()
+        usage = self._usage
+        rollouts = [rollout for _, completions in finished for rollout in completions]
+        self._usage = EngineUsage(
+            busy_s=usage.busy_s + time.perf_counter() - started,
+            num_tokens=usage.num_tokens + sum(len(rollout.completion_ids) for rollout in rollouts),
+            num_completions=usage.num_completions + len(rollouts),
+        )
+        for request_id, completions in finished:
+            self._on_finished(request_id, completions)
+
+    def _end(self, reason: str) -> None:
+        with self._changed:
+            waiting, self._commands = list(self._commands), deque()
+            self._changed.notify_all()
+        for command in waiting:
+            command.future.set_exception(EngineError(reason))

@@ -1,0 +1,162 @@
+"""vLLM in this very process: one LLMEngine, stepped by its caller, its weights replaced between two steps.
+
+The one file that calls vLLM's update API, which changes between releases. Importing it imports vllm (seconds).
+"""
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from async_rlhf.config.schema import GeneratorConfig
+from async_rlhf.errors import EngineError
+from async_rlhf.protocols import SampleRequest
+from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
+
+_CANARY = "canary"
+
+
+class WeightInstaller:
+    """Mixed into vLLM's worker (`worker_extension_cls`), so that its methods can be called by name in the worker."""
+
+    def install_weights(self, weights: WeightsVersion) -> None:
+        """Load every tensor through vLLM's own reload, which unpacks and repacks kernel layouts."""
+        worker: Any = self
+        worker.reload_weights(weights_iterator=named_tensors(weights))
+        # On CPU the reload leaves a prepacked copy of a tied head stale.
+        for module in worker.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
+
+
+def named_tensors(weights: WeightsVersion) -> Iterator[tuple[str, torch.Tensor]]:
+    """Torch views of a snapshot's arrays, without a copy, in layer order."""
+    with warnings.catch_warnings():
+        # The arrays are read-only, shared with every generator of the node; nobody writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for spec in weights.manifest.tensors:
+            tensor = torch.from_numpy(weights.tensors[spec.name])
+            yield spec.name, tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
+
+
+class VLLMEngine:
+    """The default engine. Starts with random weights: load() must come first."""
+
+    def __init__(self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int) -> None:
+        """
+        Args:
+            model_folder: gives the architecture; its weights are not read.
+            eos_token_id: ends a completion.
+            num_slots: completions sampled at once.
+        """
+        self._eos_token_id = eos_token_id
+        self._max_new_tokens = config.max_new_tokens
+        self._finished: list[tuple[str, tuple[Rollout, ...]]] = []
+        self._num_samples: dict[str, int] = {}
+        on_cpu = not torch.cuda.is_available()
+        memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_mib << 20} if on_cpu else {}
+        arguments = EngineArgs(
+            model=str(model_folder),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=num_slots,
+            block_size=32 if on_cpu else None,
+            enforce_eager=config.enforce_eager,
+            # The behavior policy is the distribution really sampled: after the temperature.
+            logprobs_mode="processed_logprobs",
+            worker_extension_cls="actors.engine_vllm.WeightInstaller",
+            disable_log_stats=True,
+            **memory,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+
+    @property
+    def num_running(self) -> int:
+        """Completions admitted and not finished."""
+        return sum(self._num_samples.values())
+
+    def add(self, request: SampleRequest) -> None:
+        """Admit a request; vLLM samples its K completions from streams seed, seed + 1, ..."""
+        parameters = SamplingParams(
+            n=request.num_samples,
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=self._max_new_tokens,
+            stop_token_ids=[self._eos_token_id],
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(request.request_id, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters)
+        self._num_samples[request.request_id] = request.num_samples
+
+    def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
+        """One engine step; see Engine."""
+        if self._num_samples:
+            self._step(None)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def load(self, weights: WeightsVersion) -> None:
+        """Install between two steps. On any error the engine is unusable: the caller ends the actor."""
+        try:
+            self._engine.collective_rpc("install_weights", args=(weights,))
+        except Exception as error:
+            raise EngineError(f"vLLM could not load weights version {weights.manifest.version}: {error}") from error
+        # Recompute the running prefixes too, so that every later token is sampled by the new policy alone.
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.set_weight_version(str(weights.manifest.version))
+
+    def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Prompt log-probabilities of one extra request."""
+        parameters = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        self._engine.add_request(_CANARY, {"prompt_token_ids": list(token_ids)}, parameters)
+        logprobs = None
+        while logprobs is None:
+            logprobs = self._step(_CANARY)
+        return logprobs
+
+    def close(self) -> None:
+        """Free the key/value cache and the model."""
+        self._engine.engine_core.shutdown()
+
+    def _step(self, wanted: str | None) -> np.ndarray | None:
+        """Step once; keep finished groups; return the prompt log-probabilities of request `wanted` once it is done."""
+        answer = None
+        outputs: list[Any] = self._engine.step()
+        for output in outputs:
+            if not output.finished:
+                continue
+            if output.request_id == wanted:
+                flat = output.prompt_logprobs
+                answer = np.array([flat.logprobs[flat.start_indices[i]] for i in range(1, len(flat))], dtype=np.float32)
+            else:
+                completions = sorted(output.outputs, key=lambda completion: completion.index)
+                self._finished.append((output.request_id, tuple(self._rollout(completion) for completion in completions)))
+                del self._num_samples[output.request_id]
+        return answer
+
+    def _rollout(self, completion: Any) -> Rollout:
+        flat = completion.logprobs
+        logprobs = np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
+        spans = tuple(VersionSpan(version=int(s.version), start=s.start, end=s.end) for s in completion.weight_versions)
+        reason = FinishReason.STOP if completion.finish_reason == "stop" else FinishReason.LENGTH
+        token_ids = np.array(completion.token_ids, dtype=np.int32)
+        return Rollout(completion_ids=token_ids, behavior_logprobs=logprobs, version_spans=spans, finish_reason=reason)

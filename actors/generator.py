@@ -1,0 +1,189 @@
+"""The generator: takes tickets, samples K completions for each, streams a group on as soon as its last completion ends."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_folder, tolerance_of
+from actors.engine_loop import EngineLoop, EngineUsage
+from async_rlhf.config import Config
+from async_rlhf.errors import EngineError, WeightsError
+from async_rlhf.protocols import Engine, SampleRequest
+from async_rlhf.types import InstallReport, Prompt, Rollout, RolloutGroup, Ticket, WeightsVersion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """What one collect() brought, without the groups themselves."""
+
+    tickets: tuple[Ticket, ...]
+    num_inflight: int
+    """Groups still being sampled."""
+    usage: EngineUsage
+
+
+class Generator:
+    """Hosts one engine. Thread-safe: collect() may wait while submit() and install() come in."""
+
+    def __init__(self, config: Config, model_folder: str, incarnation: str) -> None:
+        """Start the engine. It samples nothing sensible until the first install().
+
+        Args:
+            incarnation: this process's name in leases; a restarted generator has a new one.
+        """
+        self._config = config
+        self._incarnation = incarnation
+        self._expected_shapes = shapes_of_folder(Path(model_folder))
+        self._tolerance: float | None = None
+        self._inflight: dict[str, Ticket] = {}
+        self._answers: dict[str, tuple[Rollout, ...] | None] = {}
+        self._groups: list[RolloutGroup] = []
+        self._changed = threading.Condition()
+        self._num_evaluations = 0
+        self._loop = EngineLoop(make_engine(config, Path(model_folder)), self._on_finished)
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Start sampling; all of them join the batch before its next step."""
+        requests = [
+            SampleRequest(
+                request_id=f"{ticket.ticket_id}.{ticket.attempt}",
+                prompt_ids=ticket.prompt.token_ids,
+                num_samples=self._config.completions_per_prompt,
+                seed=ticket.seed,
+                temperature=self._config.generator.temperature,
+            )
+            for ticket in tickets
+        ]
+        with self._changed:
+            self._inflight.update({request.request_id: ticket for request, ticket in zip(requests, tickets, strict=True)})
+        self._loop.call(lambda engine: [engine.add(request) for request in requests])
+
+    def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
+        """Finished groups, as soon as there is one (or, with `all_inflight`, when none is left in flight), in ticket order.
+
+        Returns nothing after `wait_s`.
+        Raises:
+            EngineError: the engine failed.
+        """
+        ends = time.monotonic() + wait_s
+        with self._changed:
+            while not self._groups or (all_inflight and self._inflight):
+                self._check()
+                rest = ends - time.monotonic()
+                if rest <= 0:
+                    break
+                # Short waits: the engine's thread may die without anybody to notify.
+                self._changed.wait(min(rest, 1.0))
+            groups: list[RolloutGroup] = []
+            if not (all_inflight and self._inflight):
+                groups, self._groups = sorted(self._groups, key=lambda group: group.ticket.ticket_id), []
+            num_inflight = len(self._inflight)
+        tickets = tuple(group.ticket for group in groups)
+        return Collected(tickets=tickets, num_inflight=num_inflight, usage=self._loop.usage), groups
+
+    def install(self, weights: WeightsVersion) -> InstallReport:
+        """Replace the weights between two tokens, and verify them; see `weights.on_update` for what running requests do.
+
+        Raises:
+            WeightsError: wrong tensors, damaged bytes, or a canary that does not sing. The engine must not be used again.
+        """
+        started = time.perf_counter()
+        if self._config.weights.verify:
+            check_manifest(weights.manifest, self._expected_shapes)
+            check_tensors(weights)
+        drain = self._config.weights.on_update == "drain"
+        pause_s, error = self._loop.call(lambda engine: self._load(engine, weights), when_idle=drain).result()
+        return InstallReport(version=weights.manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
+
+    def evaluate(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        """One completion of each prompt (temperature 0: greedy), sampled in the same engine as everything else.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        with self._changed:
+            self._num_evaluations += 1
+            names = [f"evaluation-{self._num_evaluations}-{index}" for index in range(len(prompts))]
+            self._answers.update(dict.fromkeys(names))
+        requests = [
+            SampleRequest(request_id=name, prompt_ids=prompt.token_ids, num_samples=1, seed=index, temperature=temperature)
+            for index, (name, prompt) in enumerate(zip(names, prompts, strict=True))
+        ]
+        self._loop.call(lambda engine: [engine.add(request) for request in requests])
+        with self._changed:
+            while any(self._answers[name] is None for name in names):
+                self._check()
+                self._changed.wait(1.0)
+            answers = [self._answers.pop(name) for name in names]
+        return [completions[0] for completions in answers if completions is not None]
+
+    def usage(self) -> EngineUsage:
+        """The engine's counters; also a sign of life."""
+        self._check()
+        return self._loop.usage
+
+    def close(self) -> None:
+        """End the engine's thread and free its memory."""
+        self._loop.close()
+
+    def _load(self, engine: Engine, weights: WeightsVersion) -> tuple[float, float]:
+        """On the loop's thread. Returns seconds of pause, canary error in nats."""
+        if self._config.weights.verify and self._tolerance is None:
+            self._tolerance = self._prove_canary(engine, weights)
+        started = time.perf_counter()
+        engine.load(weights)
+        pause_s = time.perf_counter() - started
+        if not self._config.weights.verify:
+            return pause_s, 0.0
+        error = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        assert self._tolerance is not None
+        if not error <= self._tolerance:
+            raise WeightsError(
+                f"{self._incarnation}: after installing version {weights.manifest.version} the canary's log-probabilities differ "
+                f"from the learner's by {error:.3g} nats, allowed {self._tolerance:.3g}; the engine samples from other weights"
+            )
+        return pause_s, error
+
+    def _prove_canary(self, engine: Engine, weights: WeightsVersion) -> float:
+        """Measure the engine's own error, and show that the canary notices wrong weights. Returns the tolerance, nats."""
+        engine.load(weights)
+        baseline = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        tolerance = tolerance_of(self._config.generator.dtype, baseline, self._config.weights.canary_tolerance)
+        engine.load(perturbed(weights))
+        seen = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        if not seen > tolerance:
+            raise WeightsError(
+                f"{self._incarnation}: perturbed weights moved the canary by only {seen:.3g} nats, less than the tolerance "
+                f"{tolerance:.3g}: the canary cannot fail, so it proves nothing; lower weights.canary_tolerance"
+            )
+        return tolerance
+
+    def _on_finished(self, request_id: str, completions: tuple[Rollout, ...]) -> None:
+        with self._changed:
+            if request_id in self._answers:
+                self._answers[request_id] = completions
+            else:
+                self._groups.append(RolloutGroup(ticket=self._inflight.pop(request_id), rollouts=completions))
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        failure = self._loop.failure
+        if failure is not None:
+            raise EngineError(f"{self._incarnation}: the engine failed: {failure!r}") from failure
+
+
+def make_engine(config: Config, model_folder: Path) -> Engine:
+    """The engine that `generator.engine` asks for. Imports it here: vllm alone takes seconds."""
+    from transformers import AutoTokenizer
+
+    eos_token_id = int(AutoTokenizer.from_pretrained(model_folder).eos_token_id)
+    num_slots = config.generator.max_inflight
+    if config.generator.engine == "vllm":
+        from actors.engine_vllm import VLLMEngine
+
+        return VLLMEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots)
+    from actors.engine_transformers import TransformersEngine
+
+    return TransformersEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots)

@@ -1,0 +1,213 @@
+"""Ray: connect, place, start and end actors. The one place that calls `ray.remote`.
+
+Inside a submitted job, or where RAY_ADDRESS names a cluster, the run joins it; else it starts a Ray of its own, on the
+loopback address, behind a fresh token, and ends it with the run.
+"""
+
+import asyncio
+import math
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.remote import RemoteActor, kill, within
+from async_rlhf.config import Config
+from async_rlhf.errors import AsyncRLHFError, ConfigError, RunError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+ACTOR_ENVIRONMENT = {
+    # One thread per process: two processes with two threads each are many times slower than with one (barriers spin).
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorSpec:
+    """One actor to start."""
+
+    name: str
+    cls: type
+    args: tuple[Any, ...]
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    max_concurrency: int | None = None
+    """Threads of a plain actor; None: one, or Ray's default for one with coroutines."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What it reserves."""
+        return {kind: amount for kind, amount in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if amount > 0}
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray, and the actors that this run started there."""
+
+    namespace: str
+    address: str
+    local_folder: Path | None
+    """Session folder of a Ray of our own, token included; None when we joined one."""
+    environment: Mapping[str, str]
+    place_s: float
+    _group: PlacementGroup | None = None
+    _bundles: dict[str, int] = field(default_factory=dict[str, int])
+    _actors: list[RemoteActor] = field(default_factory=list[RemoteActor])
+
+    async def reserve(self, specs: Sequence[ActorSpec]) -> None:
+        """Reserve room for all actors at once: one that cannot be placed would wait without a word.
+
+        Raises:
+            ConfigError: the cluster is too small, or has no room free in time.
+        """
+        placed = [spec for spec in specs if spec.bundle]
+        needed = {kind: sum(spec.bundle.get(kind, 0.0) for spec in placed) for kind in ("CPU", "GPU")}
+        total = ray.cluster_resources()
+        if any(needed[kind] > total.get(kind, 0.0) for kind in needed):
+            raise ConfigError(_too_small(needed, total, "has"))
+        if not placed:
+            return
+        self._group = placement_group([spec.bundle for spec in placed], strategy="PACK")
+        self._bundles = {spec.name: index for index, spec in enumerate(placed)}
+        if not await asyncio.to_thread(self._group.wait, self.place_s):
+            free = ray.available_resources()
+            raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only"))
+
+    def start(self, spec: ActorSpec) -> RemoteActor:
+        """Start an actor; returns at once. Only the run itself decides about restarts."""
+        options: dict[str, Any] = {
+            "name": spec.name,
+            "num_cpus": spec.num_cpus,
+            "num_gpus": spec.num_gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": dict(self.environment)},
+        }
+        if spec.max_concurrency is not None:
+            options["max_concurrency"] = spec.max_concurrency
+        if spec.name in self._bundles:
+            assert self._group is not None, "reserve() comes before start()"
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._bundles[spec.name])
+        actor = RemoteActor(ray.remote(spec.cls).options(**options).remote(*spec.args), spec.name)
+        self._actors.append(actor)
+        return actor
+
+    def close(self) -> None:
+        """End every actor of this run, give its room back, and end a Ray of our own."""
+        for actor in self._actors:
+            kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        ray.shutdown()
+        if self.local_folder is not None:
+            shutil.rmtree(self.local_folder, ignore_errors=True)
+
+
+async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], None]) -> None:
+    """Wait until the actor's constructor is through.
+
+    Raises:
+        RunError: it raised. DeadlineError: it took too long.
+    """
+
+    async def construct() -> None:
+        try:
+            await actor.handle.__ray_ready__.remote()
+        except AsyncRLHFError:
+            raise
+        except Exception as error:
+            raise RunError(f"{actor.name} did not start: {_last_line(error)}") from error
+
+    await within(construct(), edge=f"the start of {actor.name}", timeout_s=timeout_s)
+    on_ready(actor.name)
+
+
+async def first_failure(*awaitables: Awaitable[Any]) -> None:
+    """Await all; on the first failure cancel the others and raise it alone."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for awaitable in awaitables:
+                tasks.create_task(_await(awaitable))
+    except BaseExceptionGroup as group:
+        raise _leaf(group) from None
+
+
+def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
+    """Start a Ray of our own in `session`, or, without one, join the cluster of this job or of RAY_ADDRESS.
+
+    Raises:
+        RunError: there is no Ray at RAY_ADDRESS.
+    """
+    environment = {**ACTOR_ENVIRONMENT, **config.env}
+    namespace = f"async_rlhf_{run_id}"
+    settings: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if session is None:
+        address = os.environ["RAY_ADDRESS"]
+        try:
+            context: Any = ray.init(address=address, **settings)
+        except Exception as error:
+            raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {_last_line(error)}") from error
+    else:
+        environment["PYTHONPATH"] = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if part)
+        context = ray.init(
+            address="local",
+            num_cpus=_local_cpus(config),
+            object_store_memory=config.run.object_store_mib << 20,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(session),
+            **settings,
+        )
+    return Cluster(
+        namespace=namespace,
+        address=str(context.address_info["address"]),
+        local_folder=session,
+        environment=environment,
+        place_s=config.timeouts.place_s,
+    )
+
+
+def _local_cpus(config: Config) -> int:
+    """Logical CPUs: enough for what the actors ask for, so that a small machine can host any number of them."""
+    asked = (
+        config.generator.count * config.generator.num_cpus
+        + config.scorer.count * config.scorer.num_cpus
+        + config.learner.num_ranks * config.learner.num_cpus
+    )
+    return config.run.local_cpus or max(math.ceil(asked), os.cpu_count() or 1)
+
+
+def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: str) -> str:
+    asked = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
+    held = ", ".join(f"{there.get(kind, 0.0):g} {kind}" for kind in needed)
+    return (
+        f"the run asks for {asked}, but the Ray cluster {verb} {held}; lower generator.count, learner.num_ranks, scorer.count or their "
+        "num_cpus / num_gpus, or add nodes"
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _leaf(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+async def _await(awaitable: Awaitable[Any]) -> None:
+    await awaitable

@@ -1,0 +1,66 @@
+"""The scorer: a reward for each completion, and its log-probabilities under the frozen start."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from async_rlhf.config import Config
+from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
+
+
+class Scorer:
+    """Stateless between calls; a pool holds several."""
+
+    def __init__(self, config: Config, model_folder: str, reward_path: str, metric_path: str) -> None:
+        """Load tokenizer, frozen reference, reward function and the task's own metric.
+
+        Raises:
+            ConfigError: a path does not import.
+        """
+        self._reward = load_reward(reward_path)
+        self._metric = load_reward(metric_path)
+        from transformers import AutoTokenizer
+
+        from actors.reference import ReferencePolicy
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        self._reference = ReferencePolicy(Path(model_folder), config)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score finished groups, in their order.
+
+        Raises:
+            RewardError: the reward function broke its contract.
+        """
+        prompts = [group.ticket.prompt for group in groups for _ in group.rollouts]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        texts = self._decode(rollouts)
+        scores = call_reward(self._reward, [p.text for p in prompts], texts, [p.columns for p in prompts])
+        references = self._reference.logprobs(groups)
+        scored: list[ScoredGroup] = []
+        start = 0
+        for group in groups:
+            end = start + len(group.rollouts)
+            scored.append(
+                ScoredGroup(
+                    group=group,
+                    scores=scores[start:end],
+                    reference_logprobs=tuple(references[start:end]),
+                    completions=tuple(texts[start:end]),
+                )
+            )
+            start = end
+        return scored
+
+    def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[float], list[str]]:
+        """The task's own metric of single completions, whatever the training reward is, and their texts: an evaluation.
+
+        Raises:
+            RewardError: the reward function broke its contract.
+        """
+        texts = self._decode(rollouts)
+        scores = call_reward(self._metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
+        return [float(score) for score in scores], texts
+
+    def _decode(self, rollouts: Sequence[Rollout]) -> list[str]:
+        return self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)

@@ -1,0 +1,27 @@
+"""Before Ray is imported: whether this run joins a cluster or starts a Ray of its own, and with which token.
+
+Ray reads its authentication settings when it is imported, so this module must not import it.
+"""
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+
+def open_session() -> Path | None:
+    """Prepare the environment; returns the session folder of a Ray of our own, or None where RAY_ADDRESS names a cluster.
+
+    The folder is readable by this user alone and holds a fresh token: whoever reaches an open Ray port runs code as we do.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    # Short: the path of a Unix socket inside it may not exceed 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="arlhf-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    return folder

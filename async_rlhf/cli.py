@@ -1,0 +1,128 @@
+"""The command line. Each command is a thin shell: parse, call `commands`, turn errors into one line and an exit code."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from async_rlhf import __version__
+from async_rlhf.errors import AsyncRLHFError, ConfigError, RewardError
+
+if TYPE_CHECKING:
+    from async_rlhf.config import Config
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Asynchronous RLHF on Ray, vLLM and DeepSpeed."
+)
+Words = Annotated[list[str] | None, typer.Argument(metavar="[CONF.yaml ...] [key=value ...]", help="Config files and overrides.")]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command()
+def train(words: Words = None) -> None:
+    """Train a policy; see conf/quickstart.yaml."""
+    from async_rlhf.commands.train import run_train
+
+    _require_application()
+    raise typer.Exit(run_train(_load(words), Console()))
+
+
+@app.command()
+def sft(words: Words = None, out: Annotated[Path | None, typer.Option(help="Folder of the model; default: the cache.")] = None) -> None:
+    """Make the task's supervised start."""
+    from async_rlhf.commands.sft import run_sft
+
+    run_sft(_load(words), out, Console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, or a run folder.")], words: Words = None
+) -> None:
+    """Greedy and sampled accuracy of a model on held-out problems."""
+    from async_rlhf.commands.evaluate import run_evaluate
+
+    _require_application()
+    run_evaluate(model, words or [], Console())
+
+
+@app.command()
+def status(run: Folder) -> None:
+    """Where a run stands: from its TrainingState actor while it lives, else from its folder."""
+    from async_rlhf.commands.status import run_status
+
+    run_status(run, Console())
+
+
+@app.command()
+def report(run: Folder) -> None:
+    """Write the run's report again: one self-contained HTML page."""
+    from async_rlhf.report import write_report
+
+    Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def config(words: Words = None) -> None:
+    """Print the resolved config and where each value came from."""
+    from async_rlhf.commands.config import run_config
+
+    files, overrides = _split(words)
+    run_config(files, overrides, Console())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    Console().print(__version__, highlight=False)
+
+
+def main() -> None:
+    """Entry point: user errors are one line on stderr and exit code 2, other failures of a run exit code 1."""
+    try:
+        app()
+    except (ConfigError, RewardError) as error:
+        _fail(error, 2)
+    except AsyncRLHFError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    from async_rlhf.config.load import split_arguments
+
+    return split_arguments(words or [])
+
+
+def _load(words: list[str] | None) -> "Config":
+    from async_rlhf.config import load_config
+
+    files, overrides = _split(words)
+    return load_config(files, overrides).config
+
+
+def _require_application() -> None:
+    """The packages `actors` and `learners` run from a checkout; the wheel carries async_rlhf alone."""
+    checkout = Path(__file__).resolve().parents[1]
+    for name in ("actors", "learners"):
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout, or "
+                "install one with `pip install -e .`"
+            ) from None
+        place = Path(str(module.__file__)).resolve().parent
+        if place != checkout / name:
+            raise ConfigError(f"a foreign package {name!r} at {place} hides ours; remove it, or run from a checkout: python -m async_rlhf")
+
+
+if __name__ == "__main__":
+    main()

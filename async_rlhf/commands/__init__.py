@@ -1,0 +1,1 @@
+"""What the subcommands do; `cli` only parses and calls them."""

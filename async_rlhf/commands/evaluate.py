@@ -1,0 +1,78 @@
+"""`async-rlhf eval`: greedy and sampled accuracy of a finished model on held-out problems."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from async_rlhf.config import Config, load_config
+from async_rlhf.config.load import split_arguments
+from async_rlhf.errors import ConfigError
+from async_rlhf.evaluation import Evaluation, Sample
+from async_rlhf.prompts import check_model_folder, encode_problem, load_encode
+from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.tasks import load_task
+from async_rlhf.types import InstallReport, WeightsVersion
+
+
+def run_evaluate(model: Path, words: list[str], console: Console) -> None:
+    """Sample one completion per held-out problem, greedily and at the training temperature, and print the accuracies.
+
+    Args:
+        model: a Hugging Face folder, or a run folder: then its final policy, under its own config.
+        words: config files and overrides, as for `train`.
+    Raises:
+        ConfigError: no model there, or a wrong setting.
+    """
+    folder, config = _resolve(model, words)
+    check_model_folder(folder)
+    # Before the engine is imported: it reads them then.
+    for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
+        os.environ.setdefault(name, value)
+    console.print(f"model: {folder} ({config.generator.engine})", markup=False, highlight=False, soft_wrap=True)
+    table = Table(title=f"held-out accuracy, task {config.task.name}")
+    for heading in ("sampling", "accuracy", "problems", "tokens / completion"):
+        table.add_column(heading, justify="left" if heading == "sampling" else "right")
+    for name, evaluation, length in _evaluate(folder, config):
+        table.add_row(name, f"{evaluation.accuracy:.3f}", str(len(evaluation.samples)), f"{length:.1f}")
+    console.print(table)
+
+
+def _resolve(model: Path, words: list[str]) -> tuple[Path, Config]:
+    files, overrides = split_arguments(words)
+    if (model / "summary.json").is_file() or (model / "metrics.jsonl").is_file():
+        if not (model / "model").is_dir():
+            raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
+        return (model / "model").resolve(), load_config([model / "config.yaml", *files], overrides).config
+    return model.resolve(), load_config(files, overrides).config
+
+
+def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float]]:
+    """(name, evaluation, mean completion length in tokens) for greedy and for sampled completions."""
+    from transformers import AutoTokenizer
+
+    from actors.generator import Generator
+    from async_rlhf.snapshot import snapshot_of_folder
+
+    task, encode = load_task(config.task), load_encode(folder)
+    prompts = [encode_problem(problem, encode) for problem in task.held_out()]
+    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(task.reward)
+    generator = Generator(config, str(folder), "eval")
+    results: list[tuple[str, Evaluation, float]] = []
+    try:
+        weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
+        report: InstallReport = generator.install(weights)
+        for name, temperature in (("greedy", 0.0), (f"temperature {config.generator.temperature:g}", config.generator.temperature)):
+            rollouts = generator.evaluate(prompts, temperature)
+            texts = tokenizer.batch_decode([r.completion_ids.tolist() for r in rollouts], skip_special_tokens=True)
+            scores = call_reward(metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
+            samples = tuple(
+                Sample(prompt=p.text, completion=text, expected=p.columns.get("answer", ""), score=float(score))
+                for p, text, score in zip(prompts, texts, scores, strict=True)
+            )
+            evaluation = Evaluation(version=report.version, temperature=temperature, samples=samples)
+            results.append((name, evaluation, sum(len(r.completion_ids) for r in rollouts) / len(rollouts)))
+    finally:
+        generator.close()
+    return results

@@ -1,0 +1,79 @@
+"""`async-rlhf status`: where a run stands, from its living TrainingState actor or from its folder."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from async_rlhf.state import TrainingState, read_state
+
+LIVE_PHASES = ("starting", "training", "evaluating")
+
+
+def run_status(folder: Path, console: Console) -> None:
+    """Print the state as a table.
+
+    Raises:
+        ConfigError: no run folder.
+    """
+    state, source = read_state(folder), "state.json"
+    if state.phase in LIVE_PHASES:
+        live = _ask_actor(folder)
+        if live is not None:
+            state, source = live, "the live TrainingState actor"
+        else:
+            source = f"state.json; the run itself does not answer: it was killed, or runs where {folder / 'ray.json'} does not lead"
+    console.print(_table(state))
+    age_s = time.time() - state.updated_at
+    console.print(f"as of {age_s:.0f} s ago, from {source}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(state: TrainingState) -> Table:
+    table = Table(title=f"run {state.run_id}", show_header=False)
+    reward = "-" if state.reward_mean is None else f"{state.reward_mean:.3f} (best {state.best_reward_mean:.3f})"
+    for name, value in (
+        ("phase", state.phase),
+        ("version", f"{state.version} of {state.num_updates} updates ({state.optimizer_steps} optimizer steps)"),
+        ("reward", reward),
+        ("trained", f"{state.prompts} prompts, {state.completions} completions, {state.tokens} tokens"),
+        ("largest staleness", str(state.staleness_max)),
+        ("queue", ", ".join(f"{count} {place}" for place, count in state.queue.items()) or "-"),
+        ("actors", ", ".join(f"{name}: {what}" for name, what in state.actors.items()) or "-"),
+        ("seed", str(state.seed)),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _ask_actor(folder: Path) -> TrainingState | None:
+    """The actor's latest state, or None where it cannot be reached."""
+    try:
+        entry: dict[str, Any] = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    try:
+        os.kill(int(entry["pid"]), 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    if entry["token_path"]:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=entry["token_path"])
+    import ray
+
+    from actors.run import STATE_ACTOR
+
+    try:
+        ray.init(address=entry["address"], namespace=entry["namespace"], log_to_driver=False, logging_level=logging.ERROR)
+        latest: list[Any] = ray.get(ray.get_actor(STATE_ACTOR).latest.remote(), timeout=10)
+        return ray.get(latest[0], timeout=10) if latest else None
+    except Exception as error:  # any failure to reach it means: not reachable
+        logging.getLogger(__name__).info("the TrainingState actor does not answer: %s", error)
+        return None
+    finally:
+        ray.shutdown()

@@ -1,0 +1,101 @@
+"""Ranges and contradictions: what a config must satisfy before any work starts."""
+
+import dataclasses
+import math
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from async_rlhf.config.schema import Config
+from async_rlhf.errors import ConfigError
+
+_LIMITS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
+
+_ZERO_MEANS = {"max_staleness": "; use 0 for synchronous training"}
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError for the first value out of range or pair of settings that contradict."""
+    for key, value, metadata in _numbers(config):
+        _check_range(key, value, metadata)
+    for message in _contradictions(config):
+        raise ConfigError(message)
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float, dict[str, float]]]:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{item.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{item.name}", value, dict(item.metadata)
+
+
+def _check_range(key: str, value: float, limits: dict[str, float]) -> None:
+    expected = " and ".join(f"{_LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
+    inside = math.isfinite(value) and all(_LIMITS[name][1](value, limit) for name, limit in limits.items())
+    if not inside:
+        raise ConfigError(f"{key} must be {expected}, got {value}{_ZERO_MEANS.get(key, '')}")
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    yield from _group_contradictions(config)
+    yield from _batch_contradictions(config)
+    if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
+        yield (
+            "deterministic: true needs max_staleness 0 and queue.order ticket, got "
+            f"max_staleness {config.max_staleness} and queue.order {config.queue.order}; "
+            "asynchronous batches depend on timing"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
+        yield f"run.name must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {config.run.name!r}"
+    if config.generator.max_new_tokens >= config.generator.max_model_len:
+        yield (
+            f"generator.max_new_tokens ({config.generator.max_new_tokens}) leaves no room for a prompt in "
+            f"generator.max_model_len ({config.generator.max_model_len}); raise max_model_len"
+        )
+    if config.queue.lease_s <= config.timeouts.generate_s:
+        yield (
+            f"queue.lease_s ({config.queue.lease_s:g}) must exceed timeouts.generate_s ({config.timeouts.generate_s:g}): a ticket that "
+            "expires while its completions are still being sampled would go out again for ever; raise queue.lease_s"
+        )
+    if config.learner.warmup_steps >= config.optimizer_steps > 1:
+        yield (
+            f"learner.warmup_steps ({config.learner.warmup_steps}) must be below the {config.optimizer_steps} optimizer steps of the "
+            "run (updates x epochs x minibatches); lower it or raise updates"
+        )
+    if not config.model.path and config.model.hidden_size % config.model.num_heads:
+        yield f"model.hidden_size ({config.model.hidden_size}) must be a multiple of model.num_heads ({config.model.num_heads})"
+
+
+def _group_contradictions(config: Config) -> Iterator[str]:
+    name, num_completions = config.algorithm.name, config.completions_per_prompt
+    if num_completions < 2:
+        yield (
+            f"algorithm {name} compares the completions of a prompt: completions_per_prompt must be >= 2, got {num_completions}; "
+            "set completions_per_prompt=2"
+        )
+    if config.generator.max_inflight < num_completions:
+        yield (
+            f"generator.max_inflight ({config.generator.max_inflight}) must hold at least one group of "
+            f"completions_per_prompt ({num_completions}) completions"
+        )
+    if name == "dpo" and config.algorithm.dpo.loss != "sigmoid" and config.algorithm.dpo.label_smoothing:
+        yield "algorithm.dpo.label_smoothing belongs to algorithm.dpo.loss sigmoid; set it to 0 or choose sigmoid"
+
+
+def _batch_contradictions(config: Config) -> Iterator[str]:
+    size, ranks, parts = config.batch_groups, config.learner.num_ranks, config.algorithm.minibatches_per_batch
+    if size % ranks:
+        yield (
+            f"batch_groups ({size}) must be divisible by learner.num_ranks ({ranks}); "
+            f"nearest: batch_groups={max(ranks, round(size / ranks) * ranks)}"
+        )
+    if size % (ranks * parts):
+        yield (
+            f"batch_groups ({size}) must be divisible by learner.num_ranks x algorithm.minibatches_per_batch ({ranks} x {parts}); "
+            f"nearest: batch_groups={max(ranks * parts, round(size / (ranks * parts)) * ranks * parts)}"
+        )
+    if config.learner.precision == "bfloat16" and config.learner.zero_stage == 0:
+        yield "learner.precision bfloat16 needs learner.zero_stage 1, 2 or 3 (stage 0 trains without an fp32 master copy); set zero_stage=1"

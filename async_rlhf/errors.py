@@ -1,0 +1,55 @@
+"""The errors that users and callers may meet.
+
+    AsyncRLHFError
+    |-- ConfigError            what the user asked for cannot be (exit code 2)
+    |-- RewardError            the reward function broke its contract (exit code 2)
+    |-- ShapeError             tensors or arrays that do not fit together
+    |-- StalenessError         a request that the staleness contract forbids
+    |-- WeightsError           weights that do not fit the engine, or fail the canary
+    |-- EngineError            the sampling engine failed
+    `-- RunError               a run that cannot go on (exit code 1)
+        |-- DeadlineError      a blocking edge outlived its deadline
+        `-- ActorLostError     an actor died while somebody waited for it
+
+Every message says what, got, expected and remedy. No class has its own `__init__`, so that each one crosses process borders.
+"""
+
+
+class AsyncRLHFError(Exception):
+    """Root of all errors raised on purpose by this project."""
+
+
+class ConfigError(AsyncRLHFError, ValueError):
+    """The configuration, or an input that it names, cannot work. Raised before any work starts."""
+
+
+class RewardError(AsyncRLHFError, ValueError):
+    """The reward function cannot be imported, or answered with the wrong count or a number that is not finite."""
+
+
+class ShapeError(AsyncRLHFError, ValueError):
+    """Tensors or arrays whose shapes do not fit together."""
+
+
+class StalenessError(AsyncRLHFError, ValueError):
+    """A request that contradicts the staleness contract, for instance a version that does not exist yet."""
+
+
+class WeightsError(AsyncRLHFError, RuntimeError):
+    """Weights that do not match the engine's manifest, were damaged on the way, or fail the canary."""
+
+
+class EngineError(AsyncRLHFError, RuntimeError):
+    """The sampling engine failed; the actor that holds it is lost."""
+
+
+class RunError(AsyncRLHFError, RuntimeError):
+    """The run cannot go on."""
+
+
+class DeadlineError(RunError, TimeoutError):
+    """A blocking edge outlived the deadline that the config gives it."""
+
+
+class ActorLostError(RunError):
+    """An actor died while somebody waited for it."""

@@ -1,0 +1,132 @@
+"""Every metric, declared once: its key, how it is reduced over microbatches and ranks, and what it means.
+
+Keys are `stage/quantity_unit`. The learner reduces `mean` metrics as sums and weights over the whole minibatch, never as
+averages of averages.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from async_rlhf.types import Batch
+
+Reduction = Literal["mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a metric is reduced over the optimizer steps of an update, and what it says."""
+
+    reduction: Reduction
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    "reward/mean": Metric("mean", "mean score of all completions sampled since the last batch, replaced ties included"),
+    "reward/batch_mean": Metric("mean", "mean score of the batch's completions"),
+    "reward/batch_std": Metric("mean", "standard deviation of the scores over the batch"),
+    "rollout/kl_k1_nats": Metric("mean", "KL(behavior || reference) per completion, k1 estimate"),
+    "rollout/length_tokens": Metric("mean", "tokens per completion"),
+    "rollout/cut_share": Metric("mean", "share of completions cut by the length limit"),
+    "rollout/tied_groups": Metric("mean", "groups in the batch whose scores are all equal"),
+    "queue/staleness_mean": Metric("mean", "update minus version of each group's oldest token, in updates"),
+    "queue/staleness_max": Metric("mean", "the largest of them"),
+    "queue/staleness_optimizer_steps_mean": Metric("mean", "the same in optimizer steps"),
+    "queue/depth_groups": Metric("mean", "finished groups left waiting after the batch was taken"),
+    "queue/wait_s": Metric("mean", "the learner's wait for this batch"),
+    "train/loss": Metric("mean", "loss over the global minibatch"),
+    "train/grad_norm": Metric("mean", "gradient norm before clipping"),
+    "train/learning_rate": Metric("last", "of the update's last optimizer step"),
+    "train/step_s": Metric("mean", "seconds inside train_step, slowest rank"),
+    "train/tokens_per_s": Metric("mean", "prompt and completion tokens trained per second of train_step"),
+    "train/idle_share": Metric("mean", "share of the update's wall time that the learner did not train"),
+    "policy/entropy_nats": Metric("mean", "entropy per trained token"),
+    "policy/kl_k1_nats": Metric("mean", "KL(policy || reference) per trained completion, k1 estimate"),
+    "policy/kl_k3_nats": Metric("mean", "the same, k3 estimate"),
+    "policy/clip_share": Metric("mean", "share of ratios that the clip holds"),
+    "mismatch/kl_k1_nats": Metric("mean", "KL(behavior || proximal) per completion: staleness and engine mismatch, k1 estimate"),
+    "mismatch/kl_k3_nats": Metric("mean", "the same, k3 estimate"),
+    "correction/weight": Metric("mean", "mean correction weight w"),
+    "correction/weight_square": Metric("mean", "mean of w squared"),
+    "correction/ess_share": Metric("mean", "effective sample size of the weights, (sum w)^2 / (n sum w^2)"),
+    "dpo/margin": Metric("mean", "beta h over the pairs"),
+    "dpo/accuracy": Metric("mean", "share of pairs with h > 0"),
+    "dpo/chosen_gain_nats": Metric("mean", "policy minus reference log-probability of the chosen completions"),
+    "dpo/rejected_gain_nats": Metric("mean", "the same for the rejected ones"),
+    "generate/tokens_per_s": Metric("mean", "completion tokens sampled per second, all generators, since the last update"),
+    "generate/idle_share": Metric("mean", "share of that time in which the generators had nothing to sample"),
+    "weights/export_s": Metric("mean", "snapshot of the policy and its transfer to the broadcaster"),
+    "weights/install_s": Metric("mean", "slowest generator's last install, canary included"),
+    "weights/canary_error_nats": Metric("mean", "largest canary error of the last installs"),
+}
+
+
+def derive(means: Mapping[str, float]) -> dict[str, float]:
+    """Add the metrics that are functions of reduced means."""
+    result = dict(means)
+    if "correction/weight" in means:
+        square = means["correction/weight_square"]
+        result["correction/ess_share"] = means["correction/weight"] ** 2 / square if square else 0.0
+    return result
+
+
+def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One value per key over an update's optimizer steps, by its declared reduction.
+
+    Raises:
+        KeyError: a key that METRICS does not declare.
+    """
+    keys = {key for step in steps for key in step}
+    values = {key: [step[key] for step in steps if key in step] for key in sorted(keys)}
+    return {key: series[-1] if METRICS[key].reduction == "last" else float(np.mean(series)) for key, series in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSummary:
+    """What the driver needs to know of a batch; the batch itself goes from the queue to the ranks."""
+
+    update: int
+    num_groups: int
+    num_completions: int
+    num_completion_tokens: int
+    ticket_ids: tuple[int, ...]
+    prompt_ids: tuple[str, ...]
+    staleness_max: int
+    """The largest staleness of any token in the batch, updates."""
+    metrics: Mapping[str, float]
+
+
+def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummary:
+    """The batch in numbers: rewards, KL to the reference, lengths, ties and staleness, over all K completions.
+
+    Args:
+        sampled_scores: [K] scores of each group that came in since the last batch; empty: the batch's own.
+    """
+    rollouts = [rollout for scored in batch.groups for rollout in scored.group.rollouts]
+    references = [logprobs for scored in batch.groups for logprobs in scored.reference_logprobs]
+    scores = np.concatenate([scored.scores for scored in batch.groups])
+    lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
+    kl = [float(np.sum(r.behavior_logprobs - reference)) for r, reference in zip(rollouts, references, strict=True)]
+    staleness = batch.staleness
+    return BatchSummary(
+        update=batch.update,
+        num_groups=len(batch.groups),
+        num_completions=len(rollouts),
+        num_completion_tokens=int(lengths.sum()),
+        ticket_ids=tuple(scored.group.ticket.ticket_id for scored in batch.groups),
+        prompt_ids=tuple(scored.group.ticket.prompt.prompt_id for scored in batch.groups),
+        staleness_max=max(staleness),
+        metrics={
+            "reward/mean": float(np.concatenate(sampled_scores).mean() if sampled_scores else scores.mean()),
+            "reward/batch_mean": float(scores.mean()),
+            "reward/batch_std": float(scores.std()),
+            "rollout/kl_k1_nats": float(np.mean(kl)),
+            "rollout/length_tokens": float(lengths.mean()),
+            "rollout/cut_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+            "rollout/tied_groups": float(sum(scored.tied for scored in batch.groups)),
+            "queue/staleness_mean": float(np.mean(staleness)),
+            "queue/staleness_max": float(max(staleness)),
+        },
+    )

@@ -1,0 +1,73 @@
+"""Where actors and learners meet: the calls that each side may make on the other, and on the sampling engine.
+
+The remote ones are asynchronous; behind each stands an actor, a fake in a test, or a plain object.
+"""
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from async_rlhf.types import Rollout, StepReport, WeightsVersion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRequest:
+    """Sample `num_samples` completions of one prompt."""
+
+    request_id: str
+    prompt_ids: np.ndarray
+    """[P] int32"""
+    num_samples: int
+    seed: int
+    """Completion k is sampled from a stream that depends on (seed, k) alone."""
+    temperature: float
+    """0: greedy."""
+
+
+class Engine(Protocol):
+    """A sampling engine with continuous batching, used from one thread."""
+
+    @property
+    def num_running(self) -> int:
+        """Completions admitted and not finished."""
+        ...
+
+    def add(self, request: SampleRequest) -> None:
+        """Admit a request."""
+        ...
+
+    def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
+        """Advance every running completion by about one token; return the requests that finished."""
+        ...
+
+    def load(self, weights: WeightsVersion) -> None:
+        """Replace all weights; running completions go on under the new ones, and nothing cached under the old ones is used."""
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[len - 1] log-probability of token_ids[1:], temperature 1. May step running requests; their results are kept."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+class Caller(Protocol):
+    """Some actor: a method call by name, with a deadline."""
+
+    name: str
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> Awaitable[Any]:
+        """Call and await the answer. References among `args` reach the method as their values."""
+        ...
+
+
+class LearnerClient(Protocol):
+    """The learner group, as the train loop sees it."""
+
+    def train_step(self, update: int, shards: Sequence[Any]) -> Awaitable[Sequence[StepReport]]:
+        """Train one batch; shard i (a reference) goes to rank i. One report per rank."""
+        ...

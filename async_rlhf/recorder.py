@@ -1,0 +1,80 @@
+"""The run folder: everything that a run leaves behind, written as it happens.
+
+config.yaml      the resolved config            metrics.jsonl   one row per update
+state.json       where the run stands           tensorboard/    the same rows as event files
+summary.json     the machine-readable last word samples.json    the held-out problems, before and after
+report.html      the page for people            model/          the final policy, a Hugging Face folder
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from async_rlhf.config import Config, to_yaml
+from async_rlhf.errors import ConfigError
+from async_rlhf.evaluation import Evaluation
+from async_rlhf.state import write_atomically
+
+
+def make_run_folder(config: Config) -> Path:
+    """Create the folder of a new run and write its config there.
+
+    Raises:
+        ConfigError: it already holds a run, or cannot be written.
+    """
+    default = Path("runs") / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (Path(config.run.dir) if config.run.dir else default).resolve()
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"run.dir {folder} already holds a run; choose another folder, or delete this one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir {folder} cannot be written: {error}") from error
+    return folder
+
+
+class Recorder:
+    """Writes metrics as JSON lines and TensorBoard events."""
+
+    def __init__(self, folder: Path) -> None:
+        # The small writer of the tensorboard package; torch's own would import torch into the driver.
+        from tensorboard.summary import Writer
+
+        self.folder = folder
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = Writer(str(folder / "tensorboard"))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one update's row; a reader sees whole lines at once."""
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+        for key, value in row.items():
+            if "/" in key:
+                self._events.add_scalar(key, value, int(row["version"]))
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._lines.close()
+        self._events.close()
+
+
+def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
+    """The machine-readable last word of a run."""
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def write_samples(folder: Path, start: Evaluation, final: Evaluation) -> None:
+    """Both evaluations, problem by problem."""
+    write_atomically(folder / "samples.json", json.dumps({"start": asdict(start), "final": asdict(final)}) + "\n")
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl; a last line cut by a crash is left out."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

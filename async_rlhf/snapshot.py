@@ -1,0 +1,79 @@
+"""Weights on their way: parameters become arrays with checksums, and a canary text says what they must compute."""
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from async_rlhf.policy import CompletionScorer, load_policy
+from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CANARY_TOKENS = 32
+"""Length of the canary text."""
+
+
+def make_snapshot(
+    parameters: Iterable[tuple[str, Tensor]],
+    *,
+    version: int,
+    dtype: str,
+    canary_ids: tuple[int, ...],
+    canary_logprobs: tuple[float, ...],
+) -> WeightsVersion:
+    """Copy parameters into an immutable version, cast for the generators; it shares no memory with them.
+
+    Args:
+        parameters: (name in the Hugging Face state dict, full tensor), in layer order.
+        dtype: what the generators compute in.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    specs: list[TensorSpec] = []
+    for name, parameter in parameters:
+        array = to_array(parameter.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous())
+        array.flags.writeable = False
+        tensors[name] = array
+        specs.append(TensorSpec(name=name, shape=tuple(parameter.shape), dtype=dtype, checksum=checksum(array)))
+    manifest = WeightsManifest(version=version, tensors=tuple(specs), canary_ids=canary_ids, canary_logprobs=canary_logprobs)
+    return WeightsVersion(manifest=manifest, tensors=tensors)
+
+
+def snapshot_of_folder(folder: Path, dtype: str) -> WeightsVersion:
+    """The policy of a Hugging Face folder as version 0."""
+    model = load_policy(folder, DTYPES[dtype]).eval()
+    canary_ids = choose_canary(int(model.config.vocab_size))
+    logprobs = score_canary(CompletionScorer(model), canary_ids, torch.device("cpu"))
+    return make_snapshot(model.named_parameters(), version=0, dtype=dtype, canary_ids=canary_ids, canary_logprobs=logprobs)
+
+
+def choose_canary(vocab_size: int) -> tuple[int, ...]:
+    """A fixed text that touches many rows of the embedding: ids spread evenly over the vocabulary, in a shuffled order."""
+    spread = np.linspace(0, vocab_size - 1, num=CANARY_TOKENS).round().astype(np.int64)
+    return tuple(int(token) for token in np.random.default_rng(0).permutation(spread))
+
+
+def score_canary(scorer: nn.Module, canary_ids: tuple[int, ...], device: torch.device) -> tuple[float, ...]:
+    """Log-probability of canary_ids[1:], temperature 1.
+
+    Args:
+        scorer: a CompletionScorer, wrapped or not; a collective call where its parameters are partitioned over ranks.
+    """
+    ids = torch.tensor([canary_ids], device=device)
+    positions = torch.arange(len(canary_ids) - 1, device=device)[None]
+    with torch.no_grad():
+        logprobs, _ = scorer(ids, torch.ones_like(ids), positions, ids[:, 1:], 1.0)
+    return tuple(float(value) for value in logprobs[0])
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """A numpy view; bfloat16, which numpy lacks, as its int16 bits."""
+    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of the array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,73 @@
+"""TrainingState: where a run stands, in one frozen object."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from async_rlhf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingState:
+    """Written at each update by its single writer, the TrainingState actor; read by everyone."""
+
+    run_id: str
+    phase: str
+    """starting, training, evaluating, finished, failed or interrupted."""
+    version: int
+    """Completed updates."""
+    num_updates: int
+    """Updates that the run will make."""
+    optimizer_steps: int
+    prompts: int
+    """Prompts trained."""
+    completions: int
+    """Completions trained, all K of each prompt."""
+    tokens: int
+    """Completion tokens of these."""
+    seed: int
+    reward_mean: float | None = None
+    """Of the last batch; None before the first."""
+    best_reward_mean: float | None = None
+    staleness_max: int = 0
+    """The largest staleness trained so far, updates."""
+    weights_version: int = 0
+    """The newest version with the broadcaster."""
+    queue: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Groups by place: leased, scoring, waiting, taken, trained."""
+    actors: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Name -> what it last did."""
+    updated_at: float = 0.0
+    """Unix seconds."""
+
+    def to_json(self) -> str:
+        """The durable form."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+
+def state_from_json(text: str) -> TrainingState:
+    """The state that to_json wrote."""
+    fields: dict[str, Any] = json.loads(text)
+    return TrainingState(**fields)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` in one step: a reader, or a crash, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_state(run_folder: Path) -> TrainingState:
+    """The durable state of a run folder.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    file = run_folder / "state.json"
+    if not file.is_file():
+        raise ConfigError(f"{run_folder} is no run folder: it has no state.json; give the folder that `train` printed")
+    return state_from_json(file.read_text(encoding="utf-8"))

@@ -1,0 +1,80 @@
+"""The task's own starting point: a character tokenizer and a small language model with random weights."""
+
+# pyright: reportUnknownMemberType=false
+# (tokenizers, transformers and torch type their methods partially.)
+
+from typing import TYPE_CHECKING, cast
+
+from async_rlhf.config.schema import ModelConfig
+from async_rlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
+CHARACTERS = "0123456789+-*/=()., "
+"""Every character that the tokenizer knows; anything else becomes <unk>."""
+MAX_POSITIONS = 512
+"""Longest sequence of a task's own model, tokens."""
+
+
+def build_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer with one token per character; it adds no special token by itself, and decoding joins without spaces."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: token_id for token_id, token in enumerate([PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNK_TOKEN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
+    backend.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=UNK_TOKEN,
+        padding_side="left",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_policy(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "PreTrainedModel":
+    """A model of the configured architecture and size, float32 on the CPU, its random weights decided by `seed`.
+
+    Raises:
+        ConfigError: hidden_size cannot be divided among the heads.
+    """
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    # Rotary embeddings turn pairs of head channels, so a head needs an even width.
+    if config.hidden_size % (2 * config.num_heads):
+        raise ConfigError(
+            f"model.hidden_size must be a multiple of 2 * model.num_heads, got {config.hidden_size} and {config.num_heads}; "
+            f"use model.hidden_size={2 * config.num_heads * max(1, config.hidden_size // (2 * config.num_heads))}"
+        )
+    eos_id, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[config.family]
+    architecture = config_class(
+        dtype=torch.float32,
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=MAX_POSITIONS,
+        # 1 / sqrt(width). The library's 0.02 fits widths of some thousands; in a narrow model it starts a long plateau
+        # whose end depends on the seed.
+        initializer_range=config.hidden_size**-0.5,
+        tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(architecture)
+    model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=eos_id, pad_token_id=pad_id)
+    return model

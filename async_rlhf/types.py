@@ -1,0 +1,201 @@
+"""The messages that flow through the system, in the order in which they are made.
+
+    Prompt -> Ticket -> RolloutGroup (K Rollouts) -> ScoredGroup -> Batch -> StepReport -> WeightsVersion
+
+All are frozen, hold numpy arrays and plain values only, and pickle. Versions count completed learner updates: 0 is the
+initial policy, update u consumes batch u and turns version u into version u + 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The end-of-sequence token was sampled; it is the last token of the completion."""
+    LENGTH = "length"
+    """The length limit cut the completion."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem to answer. Made by PromptStream."""
+
+    prompt_id: str
+    """Stable name of the prompt inside its source."""
+    text: str
+    """The prompt as the reward function sees it."""
+    token_ids: np.ndarray
+    """[P] int32 token ids, exactly as the policy reads them."""
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further columns of the dataset row, handed to the reward function by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticket:
+    """The right, and the duty, to sample one group: a lease. Made by ReplayBuffer, held by one generator."""
+
+    ticket_id: int
+    """Counts the prompts ever issued, from 0; a reissued ticket keeps it."""
+    prompt: Prompt
+    epoch: int
+    """How often the prompt source had been gone through completely when this prompt was drawn."""
+    seed: int
+    """Root of the sampling seeds of the K completions; the same in every attempt."""
+    deadline: int
+    """The last update that may train this group."""
+    attempt: int
+    """0 for the first lease; results of earlier attempts are refused."""
+    holder: str
+    """Incarnation of the generator that holds the lease, for instance `generator-0.2`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled by policy `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled completion. Made by Generator, read by Scorer and Learner."""
+
+    completion_ids: np.ndarray
+    """[T] int32 sampled token ids, end-of-sequence included when it was reached."""
+    behavior_logprobs: np.ndarray
+    """[T] float32 natural-log probability of each token under the policy that sampled it, at the sampling temperature."""
+    version_spans: tuple[VersionSpan, ...]
+    """Who sampled what, in order, without gaps."""
+    finish_reason: FinishReason
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that sampled any token."""
+        return min(span.version for span in self.version_spans)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """The K completions of one ticket. Made by Generator."""
+
+    ticket: Ticket
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens, all K together."""
+        return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of the group's oldest token: it decides the group's staleness."""
+        return min(rollout.oldest_version for rollout in self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    """A group with everything that a loss may need. Made by Scorer, kept by ReplayQueue, read by Learner."""
+
+    group: RolloutGroup
+    scores: np.ndarray
+    """[K] float32 reward of each completion, finite."""
+    reference_logprobs: tuple[np.ndarray, ...]
+    """K arrays [T] float32: natural-log probability of each token under the frozen start, at the sampling temperature."""
+    completions: tuple[str, ...]
+    """K decoded completions, special tokens removed: what the reward function saw."""
+
+    @property
+    def tied(self) -> bool:
+        """All scores are equal: no preference, no group-relative gradient."""
+        return bool(np.all(self.scores == self.scores[0]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one update trains: the decision of ReplayBuffer, read by the learner ranks."""
+
+    update: int
+    groups: tuple[ScoredGroup, ...]
+
+    @property
+    def staleness(self) -> tuple[int, ...]:
+        """Per group: update minus the version of its oldest token."""
+        return tuple(self.update - scored.group.oldest_version for scored in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one learner rank says after one update. Equal on all ranks but for the times."""
+
+    version: int
+    """The policy version that now exists."""
+    optimizer_steps: int
+    """Optimizer steps taken since the start of the run."""
+    num_tokens: int
+    """Tokens (prompt and completion) that went through forward and backward on all ranks."""
+    train_s: float
+    """Seconds inside train_step on this rank."""
+    metrics: Mapping[str, float]
+    """Global means, keyed as declared in `async_rlhf.metrics`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One tensor of a weights version, as it travels."""
+
+    name: str
+    """Name in the Hugging Face state dict."""
+    shape: tuple[int, ...]
+    dtype: str
+    """`float32`, `bfloat16` or `float16`. bfloat16 travels as int16 bits: numpy has no such type."""
+    checksum: int
+    """CRC-32 of the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsManifest:
+    """What a weights version must be, down to the bytes. Made by the learner, checked by every generator."""
+
+    version: int
+    tensors: tuple[TensorSpec, ...]
+    """In layer order."""
+    canary_ids: tuple[int, ...]
+    """The canary text, token ids."""
+    canary_logprobs: tuple[float, ...]
+    """The learner's log-probability of canary_ids[1:] given what precedes each, temperature 1, in nats."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors as they travel."""
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}
+        return sum(width[spec.dtype] * int(np.prod(spec.shape)) for spec in self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsVersion:
+    """An immutable snapshot of the policy. Made by the learner, owned by the broadcaster, installed by generators."""
+
+    manifest: WeightsManifest
+    tensors: Mapping[str, np.ndarray]
+    """Name -> array in the manifest's shape (bfloat16 as int16 bits); read-only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstallReport:
+    """What a generator says after it installed, and verified, a version."""
+
+    version: int
+    install_s: float
+    """From the call to the verified canary; generation pauses for `pause_s` of it."""
+    pause_s: float
+    """Seconds in which the engine could not step because weights were being replaced."""
+    canary_error: float
+    """Largest absolute difference of the canary's log-probabilities from the learner's, in nats."""

@@ -1,0 +1,98 @@
+"""DeepSpeed, set up for one rank: process group, optimizer, schedule, engine. All settings that took finding stand here."""
+
+import datetime
+import math
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.ops import __compatible_ops__ as compatible_ops
+from torch.distributed import distributed_c10d
+from transformers import PreTrainedModel
+
+from async_rlhf.config import Config
+from async_rlhf.config.schema import LearnerConfig
+from async_rlhf.policy import CompletionScorer, load_policy
+
+Engine = Any
+"""deepspeed.DeepSpeedEngine, which ships no types."""
+
+
+def join_process_group(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Meet the other ranks. Gloo on CPU, NCCL on GPU; every later collective fails after `timeout_s`."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",
+        LOCAL_SIZE="1",
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    # Without this DeepSpeed compiles a shared-memory kernel at start: minutes, a compiler, and a lock file that can hang.
+    compatible_ops["deepspeed_shm_comm"] = False
+    timeout = datetime.timedelta(seconds=timeout_s)
+    # new_group ignores the timeout given to init_distributed and waits half an hour instead.
+    distributed_c10d.default_pg_timeout = timeout
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def make_engine(config: Config, model_folder: Path) -> Engine:
+    """The policy as a CompletionScorer inside a DeepSpeed engine, with AdamW and the schedule."""
+    settings = config.learner
+    bf16 = settings.precision == "bfloat16"
+    model = CompletionScorer(load_policy(model_folder, torch.bfloat16 if bf16 else torch.float32))
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=cast(Any, lambda wrapped: _schedule(wrapped, settings, config.optimizer_steps)),  # its stub wants a class
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": settings.max_grad_norm,
+            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "wall_clock_breakdown": False,
+            "steps_per_print": 10**9,
+        },
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: LearnerConfig, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, settings, num_steps))
+
+
+def learning_rate_share(step: int, settings: LearnerConfig, num_steps: int) -> float:
+    """The rate of optimizer step `step` (0-based) as a share of learning_rate; positive at every step, the last included."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, num_steps - 1 - settings.warmup_steps))
+    fall = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.final_learning_rate_share + (1 - settings.final_learning_rate_share) * fall
+
+
+def policy_of(engine: Engine) -> PreTrainedModel:
+    """The Hugging Face model inside the engine."""
+    return engine.module.model
+
+
+def own_grad_norm(engine: Engine) -> float | None:
+    """The global gradient norm after the last backward where DeepSpeed does not keep one (stage 0, fp32); else None."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    norms = [parameter.grad.norm() for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0

@@ -1,0 +1,71 @@
+"""The actor around one Learner: it holds the process and its place in the group.
+
+The heavy imports (torch, transformers, deepspeed: seconds) happen inside, so that whoever starts the actor is spared them.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from async_rlhf.config import Config
+from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
+
+if TYPE_CHECKING:
+    from learners.learner import Learner
+
+
+class LearnerRank:
+    """One rank. Construct all, `join` all at once, then call every further method on all at once."""
+
+    def __init__(self, config: Config, model_folder: str, rank: int) -> None:
+        self._config = config
+        self._folder = Path(model_folder)
+        self._rank = rank
+        self._learner: Learner | None = None
+        if config.learner.num_gpus == 0:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        # The slow import, while the other actors do theirs.
+        import_module("learners.learner")
+
+    def rendezvous(self) -> tuple[str, int]:
+        """This node's address and a free port, for rank 0. Another process may still take the port first: `join` is retried."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, int(probe.getsockname()[1])
+
+    def join(self, address: str, port: int) -> None:
+        """Meet the other ranks and load the policy."""
+        from learners.engine import join_process_group
+        from learners.learner import Learner
+
+        join_process_group(
+            rank=self._rank,
+            world_size=self._config.learner.num_ranks,
+            address=address,
+            port=port,
+            timeout_s=self._config.timeouts.step_s,
+        )
+        self._learner = Learner(self._config, self._folder)
+
+    def train_step(self, update: int, minibatches: Sequence[Sequence[ScoredGroup]]) -> StepReport:
+        """See Learner.train_step."""
+        return self._joined.train_step(update, minibatches)
+
+    def snapshot(self, version: int) -> WeightsVersion | None:
+        """See Learner.snapshot."""
+        return self._joined.snapshot(version)
+
+    def save_pretrained(self, folder: str) -> None:
+        """See Learner.save_pretrained."""
+        self._joined.save_pretrained(Path(folder))
+
+    @property
+    def _joined(self) -> "Learner":
+        assert self._learner is not None, "join() must come before any other call"
+        return self._learner
