@@ -1,7 +1,7 @@
 """Ray: connect, place, start and end actors. The one place that calls `ray.remote`.
 
-Inside a submitted job, or where RAY_ADDRESS names a cluster, the run joins it; else it starts a Ray of its own, on the
-loopback address, behind a fresh token, and ends it with the run.
+Inside a submitted job, or where RAY_ADDRESS names a cluster, the run joins it; else it starts a Ray of its own, behind a fresh
+token, and ends it with the run.
 """
 
 import asyncio
@@ -161,15 +161,7 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
             raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {_last_line(error)}") from error
     else:
         environment["PYTHONPATH"] = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if part)
-        context = ray.init(
-            address="local",
-            num_cpus=_local_cpus(config),
-            object_store_memory=config.run.object_store_mib << 20,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(session),
-            **settings,
-        )
+        context = _start_local(config, session, settings)
     return Cluster(
         namespace=namespace,
         address=str(context.address_info["address"]),
@@ -177,6 +169,22 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
         environment=environment,
         place_s=config.timeouts.place_s,
     )
+
+
+def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        return ray.init(
+            address="local",
+            num_cpus=_local_cpus(config),
+            object_store_memory=config.run.object_store_mib << 20,
+            include_dashboard=False,
+            _temp_dir=str(session),
+            **settings,
+        )
+    except BaseException:  # Ctrl-C too: half a Ray must not stay behind
+        ray.shutdown()
+        shutil.rmtree(session, ignore_errors=True)
+        raise
 
 
 def _local_cpus(config: Config) -> int:

@@ -4,6 +4,7 @@ Keys are `stage/quantity_unit`. The learner reduces `mean` metrics as sums and w
 averages of averages.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,7 @@ METRICS: Mapping[str, Metric] = {
     "queue/staleness_mean": Metric("mean", "update minus version of each group's oldest token, in updates"),
     "queue/staleness_max": Metric("mean", "the largest of them"),
     "queue/staleness_optimizer_steps_mean": Metric("mean", "the same in optimizer steps"),
+    "queue/batch_digest": Metric("mean", "CRC-32 of the batch's prompt ids in order: equal digests, equal prompts"),
     "queue/depth_groups": Metric("mean", "finished groups left waiting after the batch was taken"),
     "queue/wait_s": Metric("mean", "the learner's wait for this batch"),
     "train/loss": Metric("mean", "loss over the global minibatch"),
@@ -110,13 +112,14 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
     lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
     kl = [float(np.sum(r.behavior_logprobs - reference)) for r, reference in zip(rollouts, references, strict=True)]
     staleness = batch.staleness
+    prompt_ids = tuple(scored.group.ticket.prompt.prompt_id for scored in batch.groups)
     return BatchSummary(
         update=batch.update,
         num_groups=len(batch.groups),
         num_completions=len(rollouts),
         num_completion_tokens=int(lengths.sum()),
         ticket_ids=tuple(scored.group.ticket.ticket_id for scored in batch.groups),
-        prompt_ids=tuple(scored.group.ticket.prompt.prompt_id for scored in batch.groups),
+        prompt_ids=prompt_ids,
         staleness_max=max(staleness),
         metrics={
             "reward/mean": float(np.concatenate(sampled_scores).mean() if sampled_scores else scores.mean()),
@@ -128,5 +131,6 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
             "rollout/tied_groups": float(sum(scored.tied for scored in batch.groups)),
             "queue/staleness_mean": float(np.mean(staleness)),
             "queue/staleness_max": float(max(staleness)),
+            "queue/batch_digest": float(zlib.crc32("\n".join(prompt_ids).encode())),
         },
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 3
+RECIPE = 4
 """Part of the cache key; counts changes of this module that make other weights from the same settings."""
 FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "start.json")
 """What a finished start consists of."""

@@ -1,18 +1,20 @@
 """`async-rlhf train`: check everything, run, and leave a complete run folder behind, however the run ends."""
 
 import asyncio
+import json
 import os
 import signal
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
-from async_rlhf.errors import AsyncRLHFError, ConfigError, RewardError
+from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.progress import Progress
 from async_rlhf.prompts import check_model_folder
 from async_rlhf.recorder import Recorder, make_run_folder, write_samples, write_summary
@@ -21,7 +23,15 @@ from async_rlhf.rewards import load_reward
 from async_rlhf.state import TrainingState, write_atomically
 from async_rlhf.tasks import load_task
 
+if TYPE_CHECKING:
+    from actors.accounts import Accounts
+    from actors.run import Outcome
+
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+EXITS = {EXIT_OK: "success", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "terminated"}
+"""`exit` in summary.json; any other code: failed."""
+PHASES = {EXIT_OK: "finished", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "interrupted"}
+"""`phase` in state.json, likewise."""
 
 
 def run_train(config: Config, console: Console) -> int:
@@ -86,31 +96,48 @@ def _execute(
         reward=rewards[0],
         metric=rewards[1],
     )
-    outcome, error, code = None, "", EXIT_OK
+    outcome, end = None, (EXIT_OK, "")
     watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
     cluster = connect(config, folder.name, session)
     run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher)
     try:
-        write_ray_address(folder, cluster.address, cluster.namespace)
+        _write_ray_address(folder, cluster.address, cluster.namespace)
         outcome = asyncio.run(_with_signals(run.execute()))
         write_samples(folder, outcome.start, outcome.final)
-    except _Interrupted as interrupted:
-        error, code = str(interrupted), interrupted.code
-    except (ConfigError, RewardError) as bad_input:
-        error, code = str(bad_input), EXIT_BAD_INPUT
-    except AsyncRLHFError as failure:
-        error, code = f"{type(failure).__name__}: {failure}", EXIT_FAILED
+    except (Exception, KeyboardInterrupt) as error:  # the run's boundary: whatever happened, the folder tells it
+        end = _end_of(error)
+        if end[0] == EXIT_FAILED:
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
     finally:
         watcher.stage("closing")
         cluster.close()
-    accounts = run.accounts
-    phase = {EXIT_OK: "finished", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "interrupted"}.get(code, "failed")
-    write_atomically(folder / "state.json", accounts.state(phase).to_json())
-    summary: dict[str, object] = {
+    write_atomically(folder / "state.json", run.accounts.state(PHASES.get(end[0], "failed")).to_json())
+    return end[0], _summary(config, folder, run.accounts, outcome, end, time.perf_counter() - started_s)
+
+
+def _end_of(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of what ended the run."""
+    match error:
+        case _Interrupted():
+            return error.code, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "ended by SIGINT"
+        case ConfigError() | RewardError():
+            return EXIT_BAD_INPUT, str(error)
+        case _:
+            return EXIT_FAILED, f"{type(error).__name__}: {error}"
+
+
+def _summary(
+    config: Config, folder: Path, accounts: "Accounts", outcome: "Outcome | None", end: tuple[int, str], wall_s: float
+) -> dict[str, object]:
+    """The machine-readable last word. `end`: exit code and error text."""
+    return {
         "run_id": folder.name,
         "algorithm": config.algorithm.name,
-        "exit": {EXIT_OK: "success", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "terminated"}.get(code, "failed"),
-        "error": error,
+        "exit": EXITS.get(end[0], "failed"),
+        "exit_code": end[0],
+        "error": end[1],
         "start_accuracy": outcome.start.accuracy if outcome else None,
         "final_accuracy": outcome.final.accuracy if outcome else None,
         "max_staleness": config.max_staleness,
@@ -120,14 +147,13 @@ def _execute(
         "prompts": accounts.prompts,
         "completions": accounts.completions,
         "tokens": accounts.tokens,
-        "wall_s": time.perf_counter() - started_s,
+        "wall_s": wall_s,
         "train_wall_s": accounts.last_s - accounts.started_s,
         "generator_idle_share": accounts.generator_idle_share,
         "learner_idle_share": accounts.learner_idle_share,
         "dropped": dict(accounts.dropped),
         "model": str(folder / "model") if outcome else None,
     }
-    return code, summary
 
 
 class _Interrupted(Exception):
@@ -156,10 +182,8 @@ async def _with_signals(main: Any) -> Any:
         raise _Interrupted(received[0] if received else signal.SIGTERM) from None
 
 
-def write_ray_address(folder: Path, address: str, namespace: str) -> None:
+def _write_ray_address(folder: Path, address: str, namespace: str) -> None:
     """Where `async-rlhf status` finds the live TrainingState; the token file's path, never the token."""
-    import json
-
     entry = {"address": address, "namespace": namespace, "token_path": os.environ.get("RAY_AUTH_TOKEN_PATH", ""), "pid": os.getpid()}
     write_atomically(folder / "ray.json", json.dumps(entry) + "\n")
 

@@ -61,10 +61,10 @@ class SFTConfig:
     target_accuracy: float = _number(0.40, gt=0.0, le=1.0)
     """Stop at this greedy accuracy on held-out problems."""
     max_steps: int = _number(3000, ge=1, le=1_000_000)
-    batch_size: int = _number(64, ge=1, le=65536)
-    learning_rate: float = _number(1e-3, gt=0.0, le=1.0)
+    batch_size: int = _number(128, ge=1, le=65536)
+    learning_rate: float = _number(2e-3, gt=0.0, le=1.0)
     """Constant, after a short warm-up."""
-    wrong_share: float = _number(0.65, ge=0.0, lt=1.0)
+    wrong_share: float = _number(0.1, ge=0.0, lt=1.0)
     """Share of training answers that are given carelessly (see Task.careless_answer), on purpose."""
     eval_every: int = _number(20, ge=1, le=1_000_000)
     """Optimizer steps between two looks at the held-out accuracy."""

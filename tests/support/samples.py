@@ -9,9 +9,7 @@ from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, Scored
 
 def make_ticket(ticket_id: int = 0, *, deadline: int = 1, attempt: int = 0, holder: str = "generator-0.0", seed: int = 0) -> Ticket:
     """A ticket for a five-token prompt."""
-    prompt = Prompt(
-        prompt_id=f"p{ticket_id}", text="1+1=", token_ids=np.array([4, 5, 6, 7, 8], dtype=np.int32), columns={"answer": "2"}
-    )
+    prompt = Prompt(prompt_id=f"p{ticket_id}", text="1+1=", token_ids=np.array([4, 5, 6, 7, 8], dtype=np.int32), columns={"answer": "2"})
     return Ticket(ticket_id=ticket_id, prompt=prompt, epoch=0, seed=seed, deadline=deadline, attempt=attempt, holder=holder)
 
 

@@ -136,10 +136,11 @@ def test_every_unit_is_in_one_microbatch_within_the_budget(lengths: list[tuple[i
 
 
 def test_units_of_like_length_share_a_microbatch():
-    """Budget 12: three of 4 tokens fill one microbatch; mixing 4 with 12 would waste 8 of 24."""
+    """Budget 12: three of 4 tokens fill one microbatch; mixing 4 with 12 would waste 8 of 24. Budget 11: two of them."""
     units = [sized_unit(length) for length in (4, 12, 4, 4)]
 
     assert [[unit[0].num_tokens for unit in share] for share in split_units(units, 12)] == [[4, 4, 4], [12]]
+    assert [[unit[0].num_tokens for unit in share] for share in split_units(units, 11)] == [[4, 4], [4], [12]]
 
 
 def test_no_units_make_no_microbatch():

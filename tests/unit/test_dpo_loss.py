@@ -114,8 +114,10 @@ def test_gradient_of_a_pair_is_beta_times_the_probability_of_the_wrong_order():
 def test_no_gradient_reaches_the_reference(settings: dict[str, Any]):
     logps = [tensor.requires_grad_() for tensor in random_logps(3)]
 
-    dpo_loss(*logps, denominator=3.0, **settings).loss.backward()
+    output = dpo_loss(*logps, denominator=3.0, **settings)
+    output.loss.backward()
 
+    assert not any(mean.total.requires_grad for mean in output.metrics.values())
     assert logps[0].grad is not None and logps[1].grad is not None
     assert logps[2].grad is None and logps[3].grad is None
 

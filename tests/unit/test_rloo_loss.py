@@ -107,6 +107,10 @@ def test_advantages_need_a_sibling(shape: tuple[int, ...]):
         rloo_advantages(torch.zeros(shape))
 
 
+def test_advantages_carry_no_gradient():
+    assert not rloo_advantages(torch.ones(2, 2, requires_grad=True)).requires_grad
+
+
 # The loss.
 
 
@@ -152,8 +156,10 @@ def test_gradient_is_that_of_the_loss(ratio: str, correction: str):
 def test_no_gradient_reaches_proximal_behavior_or_advantages(ratio: str, correction: str):
     tensors = {name: t if t.dtype == torch.bool else t.requires_grad_() for name, t in sample().items()}
 
-    rloo_loss(**tensors, **settings_of(ratio, correction)).loss.backward()
+    output = rloo_loss(**tensors, **settings_of(ratio, correction))
+    output.loss.backward()
 
+    assert not any(mean.total.requires_grad for mean in output.metrics.values())
     assert tensors["policy_logprobs"].grad is not None and tensors["policy_logprobs"].grad.abs().sum() > 0
     assert all(tensors[name].grad is None for name in ("proximal_logprobs", "behavior_logprobs", "advantages"))
 

@@ -1,0 +1,146 @@
+"""The generator on the real vLLM, hosted by Ray: what it samples is what the installed weights say."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.generator import Generator
+from actors.launch import ActorSpec, Cluster
+from actors.remote import RemoteActor
+from async_rlhf.errors import WeightsError
+from async_rlhf.policy import load_policy
+from async_rlhf.snapshot import snapshot_of_folder
+from async_rlhf.types import Rollout, RolloutGroup, WeightsVersion
+from tests.support.cluster import local_cluster, make_model_folder, small_config
+from tests.support.samples import make_ticket
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+TEMPERATURE = 0.7
+CONFIG = small_config(f"generator.temperature={TEMPERATURE}", "generator.max_new_tokens=96", "generator.max_model_len=128")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two versions of one architecture: tied embeddings, where vLLM's own reload leaves the head stale."""
+    root = tmp_path_factory.mktemp("models")
+    return [make_model_folder(root / str(seed), seed=seed, family="qwen3", tied=True) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def generator(cluster: Cluster, folders: list[Path]) -> RemoteActor:
+    spec = ActorSpec(name="generator-0.0", cls=Generator, args=(CONFIG, str(folders[0]), "generator-0.0"), max_concurrency=8)
+    return cluster.start(spec)
+
+
+def ask(actor: RemoteActor, method: str, *args: Any) -> Any:
+    async def call() -> Any:
+        return await actor.call(method, *args, timeout_s=120)
+
+    return asyncio.run(call())
+
+
+def weights_of(folder: Path, version: int) -> WeightsVersion:
+    weights = snapshot_of_folder(folder, "float32")
+    return replace(weights, manifest=replace(weights.manifest, version=version))
+
+
+def collect(actor: RemoteActor, num_groups: int) -> list[RolloutGroup]:
+    groups: list[RolloutGroup] = []
+    while len(groups) < num_groups:
+        groups += ask(actor, "collect", False, 5.0)[1]
+    return sorted(groups, key=lambda group: group.ticket.ticket_id)
+
+
+def policy_logprobs(folder: Path, rollout: Rollout, temperature: float) -> np.ndarray:
+    """[T] of the completion after make_ticket's prompt, by plain transformers."""
+    prompt = make_ticket().prompt.token_ids
+    ids = torch.from_numpy(np.concatenate([prompt, rollout.completion_ids]).astype(np.int64))[None]
+    with torch.no_grad():
+        logits = load_policy(folder)(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+def greedy(folder: Path, num_tokens: int) -> list[int]:
+    ids = make_ticket().prompt.token_ids.tolist()
+    model, start = load_policy(folder), len(ids)
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+@pytest.mark.parametrize("which", [0, 1, 0])
+def test_after_an_install_greedy_output_equals_that_of_transformers(generator: RemoteActor, folders: list[Path], which: int) -> None:
+    report = ask(generator, "install", weights_of(folders[which], which))
+
+    rollout = ask(generator, "evaluate", [make_ticket().prompt], 0.0)[0]
+
+    assert report.canary_error < 1e-4
+    assert rollout.completion_ids.tolist() == greedy(folders[which], len(rollout.completion_ids))
+    assert {span.version for span in rollout.version_spans} == {which}
+
+
+def test_behavior_logprobs_are_those_of_the_distribution_that_was_sampled(generator: RemoteActor, folders: list[Path]) -> None:
+    ask(generator, "install", weights_of(folders[0], 2))
+
+    ask(generator, "submit", [make_ticket(1)])
+    [group] = collect(generator, 1)
+
+    assert len(group.rollouts) == CONFIG.completions_per_prompt
+    for rollout in group.rollouts:
+        np.testing.assert_allclose(rollout.behavior_logprobs, policy_logprobs(folders[0], rollout, TEMPERATURE), atol=2e-4)
+
+
+def test_a_seed_gives_the_same_completions_alone_and_in_a_crowd(generator: RemoteActor) -> None:
+    ask(generator, "submit", [make_ticket(1, seed=7)])
+    [alone] = collect(generator, 1)
+    ask(generator, "submit", [make_ticket(index, seed=7 if index == 3 else index) for index in range(10)])
+    crowd = collect(generator, 10)
+
+    texts = [[rollout.completion_ids.tolist() for rollout in group.rollouts] for group in (alone, crowd[3], crowd[4])]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({tuple(text) for text in texts[0]}) == CONFIG.completions_per_prompt
+
+
+def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(generator: RemoteActor, folders: list[Path]) -> None:
+    ask(generator, "install", weights_of(folders[0], 4))
+    ask(generator, "submit", [make_ticket(index, seed=index) for index in range(24)])
+    time.sleep(0.15)
+    ask(generator, "install", weights_of(folders[1], 5))
+
+    rollouts = [rollout for group in collect(generator, 24) for rollout in group.rollouts]
+
+    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
+    assert mixed, "no completion lived through the install"
+    for rollout in mixed[:5]:
+        old, new = rollout.version_spans
+        assert (old.version, new.version, old.start, old.end, new.end) == (4, 5, 0, new.start, len(rollout.completion_ids))
+        before, after = (policy_logprobs(folder, rollout, TEMPERATURE) for folder in folders)
+        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
+        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)
+
+
+def test_weights_that_the_canary_does_not_recognise_end_the_generator(
+    cluster: Cluster, generator: RemoteActor, folders: list[Path]
+) -> None:
+    right, wrong = weights_of(folders[1], 6), weights_of(folders[0], 6)
+    impostor = replace(wrong, manifest=replace(wrong.manifest, canary_logprobs=right.manifest.canary_logprobs))
+
+    with pytest.raises(WeightsError, match="canary"):
+        ask(generator, "install", impostor)
+    with pytest.raises(Exception, match="the engine failed"):
+        ask(generator, "usage")

@@ -1,0 +1,111 @@
+"""`ray job submit` against a local head, with nothing but the checkout."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import CHECKOUT, Finished, environment, ray_processes, summary_of, wait_gone
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head as a user starts it."""
+
+    dashboard: str
+    env: dict[str, str]
+
+    def submit(self, *words: str) -> Finished:
+        """`ray job submit ... -- python -m async_rlhf WORDS`, followed to its end."""
+        line = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", "python", "-m", "async_rlhf", *words]
+        done = subprocess.run(line, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
+        return Finished(done.returncode, done.stdout + done.stderr)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2)
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head with two CPUs and token authentication, in a session folder of its own."""
+    before = ray_processes()
+    folder = Path(tempfile.mkdtemp(prefix="rj-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    port, dashboard = free_port(), free_port()
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    env = {**environment(), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    del env["PYTHONPATH"]
+    line = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    line += [f"--temp-dir={folder}", "--object-store-memory=300000000"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        ends = time.monotonic() + 90
+        while not answers(f"http://127.0.0.1:{dashboard}/api/version"):
+            assert process.poll() is None and time.monotonic() < ends, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield Head(dashboard=f"http://127.0.0.1:{dashboard}", env=env)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        left = wait_gone(before, 30)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert not left, "the head left processes behind"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    """The head outlives each test of this module; its fixture looks at the end."""
+
+
+def test_a_submitted_job_trains_and_its_log_shows_the_progress(head: Head, tmp_path: Path) -> None:
+    done = head.submit(
+        *("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "updates=3", "learner.warmup_steps=1"),
+        *("batch_groups=16", "task.held_out=100"),
+    )
+
+    assert done.code == 0, done.output
+    assert "joining Ray" in done.output and "update 3/3" in done.output and "succeeded" in done.output
+    assert summary_of(tmp_path / "run")["exit"] == "success"
+
+
+def test_a_failing_run_fails_the_job(head: Head, tmp_path: Path) -> None:
+    done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "max_stalenes=1")
+
+    assert done.code != 0
+    assert "did you mean 'max_staleness'" in done.output and "failed" in done.output
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_path: Path) -> None:
+    done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "generator.count=8")
+
+    assert done.code != 0
+    assert "the run asks for 9 CPU, but the Ray cluster has 2 CPU" in done.output

@@ -1,0 +1,88 @@
+"""Run the command line as a user does: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left."""
+
+    code: int
+    output: str
+
+
+def command(*words: str) -> list[str]:
+    """The command line of `async-rlhf WORDS`."""
+    return [sys.executable, "-m", "async_rlhf", *words]
+
+
+def environment() -> dict[str, str]:
+    """The environment without any trace of a Ray session."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**env, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+
+
+def run_cli(*words: str, timeout_s: float = 240) -> Finished:
+    """Run `async-rlhf WORDS` to its end."""
+    done = subprocess.run(
+        command(*words), cwd=CHECKOUT, env=environment(), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+    )
+    return Finished(done.returncode, done.stdout + done.stderr)
+
+
+def run_until(*words: str, seen: Callable[[str], bool], signum: signal.Signals, log: Path, between: Callable[[], Any]) -> Finished:
+    """Start `async-rlhf WORDS`; once `seen(its output)`, call `between`, send `signum`, and wait for the end."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+        ends = time.monotonic() + 180
+        while not seen(log.read_text()):
+            assert process.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()}"
+            time.sleep(0.2)
+        between()
+        process.send_signal(signum)
+        code = process.wait(timeout=60)
+    return Finished(code, log.read_text())
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl of a run folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """summary.json of a run folder."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def ray_processes() -> set[int]:
+    """Ids of all processes that belong to some Ray session, or are an engine of one."""
+    marks = ("raylet", "gcs_server", "ray::", "EngineCore", "default_worker.py")
+    found: set[int] = set()
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if any(mark in line for mark in marks) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.add(process.info["pid"])
+    return found
+
+
+def wait_gone(before: set[int], timeout_s: float = 15) -> set[int]:
+    """Ray processes beyond `before` that are still there after `timeout_s`; a cluster's last ones need a moment to end."""
+    ends = time.monotonic() + timeout_s
+    while (left := ray_processes() - before) and time.monotonic() < ends:
+        time.sleep(0.3)
+    return left

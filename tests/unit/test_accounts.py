@@ -1,0 +1,176 @@
+"""The driver's books: rows, state and idle shares."""
+
+import pytest
+
+from actors.accounts import Accounts
+from actors.engine_loop import EngineUsage
+from actors.pipeline import UpdateRecord
+from async_rlhf.config import load_config
+from async_rlhf.metrics import METRICS, summarize
+from async_rlhf.state import state_from_json
+from async_rlhf.tickets import QueueCounters
+from async_rlhf.types import Batch, InstallReport, StepReport
+from tests.support.samples import make_scored, make_ticket
+
+PLAIN_KEYS = {"update", "version", "optimizer_steps", "time_s"}
+
+
+def usage(busy_s: float, num_tokens: int = 0) -> EngineUsage:
+    return EngineUsage(busy_s=busy_s, num_tokens=num_tokens, num_completions=num_tokens)
+
+
+def make_record(
+    update: int = 0, *, steps: int = 1, version: int = 0, step_s: float = 0.5, busy: dict[str, EngineUsage], score: float = 1.0
+):
+    groups = tuple(make_scored(make_ticket(index), scores=(score, 0.0), version=version) for index in range(3))
+    report = StepReport(
+        version=update + 1,
+        optimizer_steps=steps * (update + 1),
+        num_tokens=200,
+        train_s=0.4,
+        metrics={"train/loss": 0.25, "correction/ess_share": 0.5},
+    )
+    counters = QueueCounters(
+        issued=9,
+        leased=2,
+        lost=1,
+        scoring=1,
+        waiting=3,
+        taken=0,
+        trained=3,
+        reissued=1,
+        voided={"tied": 4},
+        dropped={"last_batch": 2},
+        refused={"duplicate": 1},
+    )
+    return UpdateRecord(
+        summary=summarize(Batch(update=update, groups=groups), []),
+        reports=[report, report],
+        counters=counters,
+        wait_s=0.125,
+        step_s=step_s,
+        export_s=0.0625,
+        usage=busy,
+    )
+
+
+def make_accounts(*names: str) -> Accounts:
+    accounts = Accounts(config=load_config(overrides=["updates=10"]).config, run_id="run-1")
+    accounts.begin({name: usage(0.0) for name in names})
+    return accounts
+
+
+def set_back(accounts: Accounts, seconds: float) -> None:
+    """Let `seconds` have passed since the run, and the last update, began."""
+    accounts.started_s -= seconds
+    accounts.last_s -= seconds
+
+
+INSTALLS = {
+    "generator-0.0": InstallReport(version=1, install_s=0.2, pause_s=0.1, canary_error=1e-5),
+    "generator-1.0": InstallReport(version=0, install_s=0.4, pause_s=0.1, canary_error=3e-5),
+}
+
+
+def test_every_key_of_a_row_is_declared():
+    accounts = make_accounts("g")
+
+    row = accounts.add(make_record(busy={"g": usage(0.1, 10)}), INSTALLS)
+
+    assert set(row) - PLAIN_KEYS <= set(METRICS)
+    assert set(row) >= PLAIN_KEYS
+
+
+def test_a_row_by_hand():
+    """Four seconds since the last update: 100 tokens / 4 s, two generators busy 3 + 1 of 8 s, the learner .5 of 4 s.
+
+    200 tokens in .5 s; staleness 2 updates of 3 optimizer steps each.
+    """
+    accounts = make_accounts("a", "b")
+    accounts.add(make_record(0, steps=3, busy={"a": usage(1.0, 40), "b": usage(1.0, 10)}), INSTALLS)
+    set_back(accounts, 4.0)
+    accounts.updates = 2
+
+    row = accounts.add(make_record(2, steps=3, busy={"a": usage(4.0, 120), "b": usage(2.0, 30)}), INSTALLS)
+
+    expected = {
+        "update": 2,
+        "version": 3,
+        "optimizer_steps": 9,
+        "generate/tokens_per_s": 25.0,
+        "generate/idle_share": 0.5,
+        "train/tokens_per_s": 400.0,
+        "train/idle_share": 0.875,
+        "train/step_s": 0.5,
+        "train/loss": 0.25,
+        "queue/staleness_mean": 2.0,
+        "queue/staleness_optimizer_steps_mean": 6.0,
+        "queue/depth_groups": 3,
+        "queue/wait_s": 0.125,
+        "weights/export_s": 0.0625,
+        "weights/install_s": 0.4,
+        "weights/canary_error_nats": 3e-5,
+        "time_s": 4.0,
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=0.02)
+
+
+def test_counts_add_up_over_updates():
+    accounts = make_accounts("g")
+    records = [make_record(update, steps=2, version=0, busy={"g": usage(0.1)}, score=score) for update, score in ((0, 2.0), (1, 1.0))]
+
+    for record in records:
+        accounts.add(record, INSTALLS)
+    state = accounts.state("training")
+
+    tokens = sum(record.summary.num_completion_tokens for record in records)
+    assert (state.version, state.num_updates, state.optimizer_steps) == (2, 10, 4)
+    assert (state.prompts, state.completions, state.tokens) == (6, 12, tokens)
+    assert (state.reward_mean, state.best_reward_mean) == (pytest.approx(0.5), pytest.approx(1.0))
+    assert state.staleness_max == 1
+    assert state.queue == {"leased": 2, "scoring": 1, "waiting": 3, "taken": 0, "trained": 3}
+    assert state.actors == {"generator-0.0": "installed version 1", "generator-1.0": "installed version 0"}
+    assert accounts.dropped == {"tied": 4, "last_batch": 2, "refused_duplicate": 1}
+
+
+def test_a_best_reward_below_zero_is_kept():
+    accounts = make_accounts("g")
+
+    for update, score in enumerate((-4.0, -2.0, -6.0)):
+        accounts.add(make_record(update, busy={"g": usage(0.1)}, score=score), INSTALLS)
+
+    assert accounts.best_reward_mean == pytest.approx(-1.0)
+
+
+def test_state_before_the_first_update_has_no_reward_and_round_trips():
+    state = make_accounts("g").state("starting")
+
+    assert (state.version, state.reward_mean, state.best_reward_mean) == (0, None, None)
+    assert state_from_json(state.to_json()) == state
+
+
+def test_idle_shares_of_the_run_count_from_the_first_ticket_to_the_last_update():
+    """Ten seconds; generators busy 6 + 2 of 20 s before that is subtracted what they were busy with at the start."""
+    accounts = Accounts(config=load_config().config, run_id="run-1")
+    accounts.begin({"a": usage(5.0), "b": usage(1.0)})
+    accounts.started_s -= 10.0
+
+    accounts.add(make_record(0, step_s=2.5, busy={"a": usage(11.0), "b": usage(3.0)}), INSTALLS)
+
+    assert accounts.generator_idle_share == pytest.approx(1 - 8 / 20, abs=0.01)
+    assert accounts.learner_idle_share == pytest.approx(0.75, abs=0.01)
+
+
+def test_shares_stay_between_zero_and_one_when_clocks_disagree():
+    accounts = make_accounts("g")
+
+    row = accounts.add(make_record(busy={"g": usage(1e6)}, step_s=1e6), INSTALLS)
+
+    assert (row["generate/idle_share"], row["train/idle_share"]) == (0.0, 0.0)
+    assert (accounts.generator_idle_share, accounts.learner_idle_share) == (0.0, 0.0)
+
+
+def test_a_run_without_updates_has_idle_shares():
+    accounts = make_accounts("g")
+
+    assert (accounts.generator_idle_share, accounts.learner_idle_share) == (1.0, 1.0)

@@ -1,0 +1,182 @@
+"""The run folder: rows, state and summary as a reader finds them, after a crash too."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from async_rlhf.config import load_config
+from async_rlhf.errors import ConfigError
+from async_rlhf.evaluation import Evaluation, Sample
+from async_rlhf.recorder import Recorder, make_run_folder, read_rows, write_samples, write_summary
+from async_rlhf.state import TrainingState, read_state, state_from_json, write_atomically
+
+STATE = TrainingState(
+    run_id="quick-1",
+    phase="training",
+    version=3,
+    num_updates=80,
+    optimizer_steps=6,
+    prompts=24,
+    completions=48,
+    tokens=211,
+    seed=7,
+    reward_mean=0.375,
+    best_reward_mean=0.5,
+    staleness_max=1,
+    weights_version=3,
+    queue={"leased": 4, "waiting": 2},
+    actors={"generator-0.0": "installed version 3"},
+    updated_at=1.5e9,
+)
+
+
+def record(folder: Path, *rows: dict[str, float]) -> None:
+    recorder = Recorder(folder)
+    for row in rows:
+        recorder.write(row)
+    recorder.close()
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path):
+    rows = [{"version": 1, "reward/mean": 0.1}, {"version": 2, "reward/mean": 1 / 3}]
+
+    record(tmp_path, *rows)
+
+    assert read_rows(tmp_path) == rows
+
+
+def test_a_row_is_there_before_the_recorder_is_closed(tmp_path: Path):
+    recorder = Recorder(tmp_path)
+
+    recorder.write({"version": 1, "reward/mean": 0.25})
+
+    assert read_rows(tmp_path) == [{"version": 1, "reward/mean": 0.25}]
+    recorder.close()
+
+
+@pytest.mark.parametrize("cut", ['{"version": 2, "rew', '{"version": 2}', ""])
+def test_a_last_line_without_its_end_is_left_out(cut: str, tmp_path: Path):
+    """Even one that looks complete: only the newline says so."""
+    record(tmp_path, {"version": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+
+    assert read_rows(tmp_path) == [{"version": 1}]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"version": 1}\n{"vers\n{"version": 3}\n')
+
+    with pytest.raises(json.JSONDecodeError):
+        read_rows(tmp_path)
+
+
+def test_a_folder_without_rows_has_none(tmp_path: Path):
+    assert read_rows(tmp_path) == []
+
+
+def test_metrics_go_to_tensorboard_under_their_version_and_plain_fields_do_not(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record(tmp_path, {"version": 1, "time_s": 3.5, "reward/mean": 0.25}, {"version": 2, "time_s": 4.0, "reward/mean": 0.75})
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert [*tags["scalars"], *tags["tensors"]] == ["reward/mean"]
+    assert [event.step for event in events.Tensors("reward/mean")] == [1, 2]
+    assert [event.tensor_proto.float_val[0] for event in events.Tensors("reward/mean")] == [0.25, 0.75]
+
+
+# State.
+
+
+def test_state_comes_back_from_json_as_it_was():
+    assert state_from_json(STATE.to_json()) == STATE
+
+
+def test_state_is_read_from_the_run_folder(tmp_path: Path):
+    write_atomically(tmp_path / "state.json", STATE.to_json())
+
+    assert read_state(tmp_path) == STATE
+
+
+def test_a_folder_without_state_is_no_run_folder(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"is no run folder: it has no state\.json"):
+        read_state(tmp_path)
+
+
+def test_a_reader_that_has_the_file_open_keeps_the_old_text(tmp_path: Path):
+    """Written in place, the open file would show the new text, or a half of it."""
+    file = tmp_path / "state.json"
+    write_atomically(file, "old" * 1000)
+    with file.open() as reader:
+        write_atomically(file, "new")
+
+        assert reader.read() == "old" * 1000
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_text(tmp_path: Path):
+    file = tmp_path / "state.json"
+    write_atomically(file, "old")
+
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "half \ud800")
+
+    assert file.read_text() == "old"
+
+
+# The folder.
+
+
+def test_a_new_run_folder_holds_a_config_that_loads_to_the_same(tmp_path: Path):
+    config = load_config(overrides=[f"run.dir={tmp_path / 'deep' / 'run'}", "updates=9", "algorithm.name=rloo"]).config
+
+    folder = make_run_folder(config)
+
+    assert folder == tmp_path / "deep" / "run"
+    assert load_config([folder / "config.yaml"]).config == config
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path):
+    config = load_config(overrides=[f"run.dir={tmp_path}"]).config
+    make_run_folder(config)
+    before = (tmp_path / "config.yaml").read_text()
+
+    with pytest.raises(ConfigError, match="already holds a run; choose another folder"):
+        make_run_folder(load_config(overrides=[f"run.dir={tmp_path}", "updates=9"]).config)
+
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match="cannot be written"):
+        make_run_folder(load_config(overrides=[f"run.dir={tmp_path / 'file' / 'run'}"]).config)
+
+
+def test_without_a_folder_the_run_goes_under_runs_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    folder = make_run_folder(load_config(overrides=["run.name=demo"]).config)
+
+    assert folder.parent == tmp_path / "runs" and folder.name.startswith("demo-")
+
+
+def test_summary_and_samples_are_plain_json(tmp_path: Path):
+    sample = Sample(prompt="1+1=", completion="3", expected="2", score=0.0)
+    start = Evaluation(version=0, temperature=0.0, samples=(sample,))
+    final = Evaluation(version=9, temperature=0.0, samples=(Sample(prompt="1+1=", completion="2", expected="2", score=1.0), sample))
+
+    write_summary(tmp_path, {"accuracy": final.accuracy})
+    write_samples(tmp_path, start, final)
+
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"accuracy": 0.5}
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert samples["start"]["samples"] == [{"prompt": "1+1=", "completion": "3", "expected": "2", "score": 0.0}]
+    assert samples["final"]["version"] == 9
