@@ -72,7 +72,8 @@ class WeightBroadcaster:
                 if rest <= 0:
                     return False
                 try:
-                    await asyncio.wait_for(self._changed.wait(), rest)
+                    async with asyncio.timeout(rest):
+                        await self._changed.wait()
                 except TimeoutError:
                     return False
         return True

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from async_rlhf.batching import Microbatch
 
@@ -43,6 +44,7 @@ class CompletionScorer(nn.Module):
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal language model of a Hugging Face folder, in `dtype`."""
+    logging.disable_progress_bar()
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False))
 
 

@@ -1,6 +1,7 @@
 """`async-rlhf eval`: greedy and sampled accuracy of a finished model on held-out problems."""
 
 import os
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,16 @@ from async_rlhf.rewards import call_reward, load_reward
 from async_rlhf.tasks import load_task
 from async_rlhf.types import InstallReport, WeightsVersion
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Libraries that talk about themselves.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "DS_LOG_LEVEL": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
 
 def run_evaluate(model: Path, words: list[str], console: Console) -> None:
     """Sample one completion per held-out problem, greedily and at the training temperature, and print the accuracies.
@@ -28,8 +39,9 @@ def run_evaluate(model: Path, words: list[str], console: Console) -> None:
     folder, config = _resolve(model, words)
     check_model_folder(folder)
     # Before the engine is imported: it reads them then.
-    for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     console.print(f"model: {folder} ({config.generator.engine})", markup=False, highlight=False, soft_wrap=True)
     table = Table(title=f"held-out accuracy, task {config.task.name}")
     for heading in ("sampling", "accuracy", "problems", "tokens / completion"):

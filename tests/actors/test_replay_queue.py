@@ -275,7 +275,7 @@ def test_putting_never_waits_for_room_even_while_others_wait(folder: Path):
         waiting = [asyncio.create_task(queue.tickets(A, 1, LONG_S)) for _ in range(3)]
         await asyncio.sleep(0)
 
-        outcomes = await asyncio.wait_for(queue.put(scored(tickets)), 1)
+        outcomes = await asyncio.wait_for(queue.put(scored(tickets)), 20)
 
         assert outcomes == [PutOutcome.KEPT] * 8
         for task in waiting:

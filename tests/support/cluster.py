@@ -9,6 +9,7 @@ from actors.launch import Cluster, connect
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.tasks.start import build_policy, build_tokenizer
+from tests.support.tiny_policy import with_character
 
 
 @contextmanager
@@ -37,6 +38,6 @@ def make_model_folder(folder: Path, *, seed: int = 0, family: str = "llama", tie
         intermediate_size=64,
         tie_embeddings=tied,
     )
-    build_policy(config, tokenizer, seed).save_pretrained(folder)
+    with_character(build_policy(config, tokenizer, seed)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,7 +18,16 @@ CANARY = (3, 9, 14, 4, 20, 7, 11, 5)
 def tiny_policy(seed: int = 0) -> PreTrainedModel:
     """Two layers, hidden size 32, weights decided by `seed`."""
     config = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
-    return build_policy(config, build_tokenizer(), seed=seed).eval()
+    return with_character(build_policy(config, build_tokenizer(), seed=seed)).eval()
+
+
+def with_character(model: PreTrainedModel) -> PreTrainedModel:
+    """Scale the matrices up: a narrow model with the usual initial weights answers every prompt almost uniformly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+    return model
 
 
 def save_tiny_policy(folder: Path, seed: int = 0) -> Path:

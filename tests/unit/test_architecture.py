@@ -63,7 +63,7 @@ def imports_anywhere(file: Path) -> set[str]:
 
 
 def imports_outside_functions(node: ast.AST) -> set[str]:
-    if isinstance(node, Function):
+    if isinstance(node, Function) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
         return set()
     return set(imported(node)).union(*(imports_outside_functions(child) for child in ast.iter_child_nodes(node)))
 
