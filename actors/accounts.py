@@ -3,12 +3,15 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
-from actors.pipeline import UpdateRecord
 from async_rlhf.config import Config
 from async_rlhf.state import TrainingState
 from async_rlhf.types import InstallReport
+
+if TYPE_CHECKING:
+    from actors.pipeline import UpdateRecord
 
 Row = dict[str, float]
 
@@ -41,7 +44,7 @@ class Accounts:
         self.started_s = self.last_s = time.perf_counter()
         self.first_usage = self.last_usage = dict(usage)
 
-    def add(self, record: UpdateRecord, installs: Mapping[str, InstallReport]) -> Row:
+    def add(self, record: "UpdateRecord", installs: Mapping[str, InstallReport]) -> Row:
         """Book one update; returns its row."""
         now = time.perf_counter()
         row = self._row(record, installs, elapsed_s=max(now - self.last_s, 1e-9), now=now)
@@ -52,7 +55,7 @@ class Accounts:
         self.completions += summary.num_completions
         self.tokens += summary.num_completion_tokens
         self.staleness_max = max(self.staleness_max, summary.staleness_max)
-        self.train_s += record.step_s
+        self.train_s += record.train_s
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.last_s, self.last_usage = now, dict(record.usage)
@@ -90,7 +93,7 @@ class Accounts:
 
     @property
     def generator_idle_share(self) -> float:
-        """Share of the time from the first ticket to the last update in which the generators had nothing to sample."""
+        """Share of the time from the first ticket to the last update that the generators did not spend in engine steps."""
         return _idle(self.first_usage, self.last_usage, self.last_s - self.started_s)
 
     @property
@@ -98,7 +101,7 @@ class Accounts:
         """Share of the same time in which the learner did not train."""
         return _clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
 
-    def _row(self, record: UpdateRecord, installs: Mapping[str, InstallReport], *, elapsed_s: float, now: float) -> Row:
+    def _row(self, record: "UpdateRecord", installs: Mapping[str, InstallReport], *, elapsed_s: float, now: float) -> Row:
         summary, report = record.summary, record.reports[0]
         steps_per_update = report.optimizer_steps / (self.updates + 1)
         return {
@@ -111,9 +114,9 @@ class Accounts:
             "queue/staleness_optimizer_steps_mean": summary.metrics["queue/staleness_mean"] * steps_per_update,
             "queue/depth_groups": record.counters.waiting,
             "queue/wait_s": record.wait_s,
-            "train/step_s": record.step_s,
-            "train/tokens_per_s": report.num_tokens / record.step_s,
-            "train/idle_share": _clip(1 - record.step_s / elapsed_s),
+            "train/step_s": record.train_s,
+            "train/tokens_per_s": report.num_tokens / record.train_s,
+            "train/idle_share": _clip(1 - record.train_s / elapsed_s),
             "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
             "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s),
             "weights/export_s": record.export_s,

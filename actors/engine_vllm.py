@@ -68,21 +68,20 @@ class VLLMEngine:
         self._finished: list[tuple[str, tuple[Rollout, ...]]] = []
         self._num_samples: dict[str, int] = {}
         on_cpu = not torch.cuda.is_available()
-        memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_mib << 20} if on_cpu else {}
         arguments = EngineArgs(
             model=str(model_folder),
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype=config.dtype,
             max_model_len=config.max_model_len,
-            max_num_seqs=num_slots,
+            max_num_seqs=num_slots + 1,  # one seat for the canary, or an install would wait for a completion to end
+            kv_cache_memory_bytes=config.kv_cache_mib << 20,
             block_size=32 if on_cpu else None,
             enforce_eager=config.enforce_eager,
             # The behavior policy is the distribution really sampled: after the temperature.
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.engine_vllm.WeightInstaller",
             disable_log_stats=True,
-            **memory,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
 

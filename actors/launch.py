@@ -8,7 +8,9 @@ import asyncio
 import math
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.remote import RemoteActor, kill, within
+from actors.remote import RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
-from async_rlhf.errors import AsyncRLHFError, ConfigError, RunError
+from async_rlhf.errors import ConfigError, RunError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +84,11 @@ class Cluster:
             return
         self._group = placement_group([spec.bundle for spec in placed], strategy="PACK")
         self._bundles = {spec.name: index for index, spec in enumerate(placed)}
-        if not await asyncio.to_thread(self._group.wait, self.place_s):
+        ends = time.monotonic() + self.place_s
+        # In short waits: a thread cannot be cancelled, and Ctrl-C must not wait for it.
+        while not await asyncio.to_thread(self._group.wait, 1.0):
+            if time.monotonic() < ends:
+                continue
             free = ray.available_resources()
             raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only"))
 
@@ -93,7 +99,7 @@ class Cluster:
             "num_cpus": spec.num_cpus,
             "num_gpus": spec.num_gpus,
             "max_restarts": 0,
-            "runtime_env": {"env_vars": dict(self.environment)},
+            "runtime_env": {"env_vars": {**self.environment, **({} if spec.num_gpus else {"CUDA_VISIBLE_DEVICES": ""})}},
         }
         if spec.max_concurrency is not None:
             options["max_concurrency"] = spec.max_concurrency
@@ -104,15 +110,26 @@ class Cluster:
         self._actors.append(actor)
         return actor
 
-    def close(self) -> None:
-        """End every actor of this run, give its room back, and end a Ray of our own."""
+    def close(self, keep_logs: Path | None = None) -> None:
+        """End every actor of this run, give its room back, and end a Ray of our own. Nothing stops it halfway.
+
+        Args:
+            keep_logs: where to copy the logs of a Ray of our own; its session folder is deleted.
+        """
         for actor in self._actors:
-            kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
-        ray.shutdown()
-        if self.local_folder is not None:
-            shutil.rmtree(self.local_folder, ignore_errors=True)
+            with suppress(Exception):
+                kill(actor)
+        with suppress(Exception):
+            if self._group is not None:
+                remove_placement_group(self._group)
+        try:
+            ray.shutdown()
+        finally:
+            if self.local_folder is not None:
+                if keep_logs is not None:
+                    with suppress(OSError):
+                        shutil.copytree(self.local_folder / "session_latest" / "logs", keep_logs, ignore_dangling_symlinks=True)
+                shutil.rmtree(self.local_folder, ignore_errors=True)
 
 
 async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], None]) -> None:
@@ -125,10 +142,8 @@ async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], 
     async def construct() -> None:
         try:
             await actor.handle.__ray_ready__.remote()
-        except AsyncRLHFError:
-            raise
         except Exception as error:
-            raise RunError(f"{actor.name} did not start: {_last_line(error)}") from error
+            raise RunError(f"{actor.name} did not start: {last_line(error)}") from error
 
     await within(construct(), edge=f"the start of {actor.name}", timeout_s=timeout_s)
     on_ready(actor.name)
@@ -158,7 +173,7 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
         try:
             context: Any = ray.init(address=address, **settings)
         except Exception as error:
-            raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {_last_line(error)}") from error
+            raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {last_line(error)}") from error
     else:
         environment["PYTHONPATH"] = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if part)
         context = _start_local(config, session, settings)
@@ -204,11 +219,6 @@ def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: st
         f"the run asks for {asked}, but the Ray cluster {verb} {held}; lower generator.count, learner.num_ranks, scorer.count or their "
         "num_cpus / num_gpus, or add nodes"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _leaf(group: BaseException) -> BaseException:

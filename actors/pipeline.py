@@ -45,6 +45,12 @@ class Crew:
     queue: RemoteActor
     learner: LearnerClient
     broadcaster: RemoteActor
+    idle_scorers: "asyncio.Queue[RemoteActor]" = field(default_factory=asyncio.Queue)
+    """Those of `scorers` that have nothing to do: each scores one call at a time, whichever is free."""
+
+    def __post_init__(self) -> None:
+        for scorer in self.scorers:
+            self.idle_scorers.put_nowait(scorer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +63,14 @@ class UpdateRecord:
     counters: QueueCounters
     wait_s: float
     """The learner's wait for the batch."""
-    step_s: float
-    """From handing out the shards to the last rank's report."""
     export_s: float
     usage: Mapping[str, EngineUsage]
     """Per generator, cumulative."""
+
+    @property
+    def train_s(self) -> float:
+        """Seconds inside train_step, slowest rank."""
+        return max(report.train_s for report in self.reports)
 
 
 @dataclass
@@ -110,15 +119,13 @@ async def train(crew: Crew, config: Config, usage: Mapping[str, EngineUsage], on
         taken = time.perf_counter()
         shards = [crew.queue.start("take", update, rank) for rank in range(config.learner.num_ranks)]
         reports = await crew.learner.train_step(update, shards)
-        trained = time.perf_counter()
         counters: QueueCounters = await crew.queue.call("trained", update, timeout_s=config.timeouts.call_s)
-        export_s: float = await crew.broadcaster.call("publish", update + 1, timeout_s=config.timeouts.weights_s)
+        export_s: float = await crew.broadcaster.call("publish", update + 1, timeout_s=config.timeouts.weights_s + config.timeouts.call_s)
         record = UpdateRecord(
             summary=summary,
             reports=reports,
             counters=counters,
             wait_s=taken - started,
-            step_s=trained - taken,
             export_s=export_s,
             usage=dict(usage),
         )
@@ -160,7 +167,6 @@ async def _feed(name: str, crew: Crew, config: Config, flow: _Flow) -> None:
 
 async def _drain(name: str, crew: Crew, config: Config, flow: _Flow, usage: dict[str, EngineUsage]) -> None:
     async with asyncio.TaskGroup() as scoring:
-        turn = 0
         while True:
             await flow.until(lambda: flow.inflight > 0 or flow.closed)
             if flow.inflight == 0:
@@ -169,9 +175,7 @@ async def _drain(name: str, crew: Crew, config: Config, flow: _Flow, usage: dict
             collected: Collected = await resolve(summary_ref, edge=f"{name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
             usage[name] = collected.usage
             if collected.tickets:
-                scorer = crew.scorers[turn % len(crew.scorers)]
-                turn += 1
-                scoring.create_task(_score(collected, groups_ref, scorer, crew.queue, config))
+                scoring.create_task(_score(collected, groups_ref, crew, config))
                 await flow.change(-len(collected.tickets))
             elif time.monotonic() - flow.last_sign_s > config.timeouts.generate_s:
                 raise DeadlineError(
@@ -180,7 +184,12 @@ async def _drain(name: str, crew: Crew, config: Config, flow: _Flow, usage: dict
                 )
 
 
-async def _score(collected: Collected, groups_ref: Any, scorer: RemoteActor, queue: RemoteActor, config: Config) -> None:
-    await queue.call("scoring", collected.tickets, timeout_s=config.timeouts.call_s)
-    # The queue gets the scorer's answer, or its error, straight from the scorer.
-    await queue.call("put", scorer.start("score", groups_ref), timeout_s=config.timeouts.score_s)
+async def _score(collected: Collected, groups_ref: Any, crew: Crew, config: Config) -> None:
+    await crew.queue.call("scoring", collected.tickets, timeout_s=config.timeouts.call_s)
+    scorer = await crew.idle_scorers.get()
+    try:
+        # The queue gets the scorer's answer, or its error, straight from the scorer.
+        put = crew.queue.start("put", scorer.start("score", groups_ref))
+        await resolve(put, edge=f"{scorer.name}.score", timeout_s=config.timeouts.score_s)
+    finally:
+        crew.idle_scorers.put_nowait(scorer)

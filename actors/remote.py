@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from async_rlhf.errors import ActorLostError, AsyncRLHFError, DeadlineError
+from async_rlhf.errors import ActorLostError, AsyncRLHFError, DeadlineError, RunError
 
 
 class RemoteActor:
@@ -63,7 +63,13 @@ async def _unwrapped(reference: Any, edge: str) -> Any:
         return await reference
     except RayTaskError as error:
         if isinstance(error.cause, AsyncRLHFError):
-            raise error.cause from None
-        raise
+            raise error.cause from error
+        raise RunError(f"{edge} failed: {last_line(error)}") from error
     except RayActorError as error:
-        raise ActorLostError(f"{edge}: the actor died: {str(error).strip()}") from None
+        raise ActorLostError(f"{edge}: the actor died: {last_line(error)}") from error
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: what happened, without the remote traceback before it."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

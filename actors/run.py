@@ -83,17 +83,18 @@ class Outcome:
 class Run:
     """The cast of one run, on one cluster."""
 
-    def __init__(self, plan: RunPlan, cluster: Cluster, parts: LearnerParts, observer: Observer) -> None:
+    def __init__(self, plan: RunPlan, cluster: Cluster, parts: LearnerParts, observer: Observer, accounts: Accounts) -> None:
         self._plan = plan
         self._config = plan.config
         self._cluster = cluster
         self._parts = parts
         self._observer = observer
-        self.accounts = Accounts(config=plan.config, run_id=plan.run_id)
+        self.accounts = accounts
 
     async def execute(self) -> Outcome:
         """Run to the end; the caller closes the cluster, whatever happens here."""
         crew, learner, state = await self._start()
+        await self._record(state, "evaluating")
         start = await self._evaluate(crew, "start", version=0)
         usage: dict[str, EngineUsage] = {}
         await first_failure(*(self._read_usage(name, actor, usage) for name, actor in crew.generators.items()))
@@ -103,18 +104,17 @@ class Run:
         async def on_update(record: UpdateRecord) -> None:
             installs = await crew.broadcaster.call("reports", timeout_s=self._config.timeouts.call_s)
             row = self.accounts.add(record, installs)
-            current = self.accounts.state("training")
-            await state.call("record", current, timeout_s=self._config.timeouts.call_s)
-            self._observer.update(row, current)
+            self._observer.update(row, await self._record(state, "training"))
 
         producers = [produce(name, crew, self._config, usage) for name in crew.generators]
         await first_failure(train(crew, self._config, usage, on_update), *producers)
         if self.accounts.updates == 0:
             raise RunError("the prompts ran out before a single batch was complete; lower batch_groups or give more prompts")
+        await self._record(state, "evaluating")
         final = await self._evaluate(crew, "final", version=self.accounts.updates)
         self._observer.stage("exporting the policy")
         await learner.save_pretrained(str(self._plan.run_folder / "model"))
-        await state.call("record", self.accounts.state("finished"), timeout_s=self._config.timeouts.call_s)
+        await self._record(state, "finished")
         return Outcome(start=start, final=final)
 
     async def _start(self) -> tuple[Crew, Learner, RemoteActor]:
@@ -140,7 +140,7 @@ class Run:
         waits = [ready(actor, config.timeouts.start_s, self._on_ready) for actor in started.values()]
         await first_failure(learner.join(), *waits)
         self._observer.stage("installing version 0 on the generators, proving the canary")
-        await broadcaster.call("publish", 0, timeout_s=config.timeouts.weights_s)
+        await broadcaster.call("publish", 0, timeout_s=config.timeouts.weights_s + config.timeouts.call_s)
         crew = Crew(
             generators=generator_actors,
             scorers=[started[spec.name] for spec in scorers],
@@ -215,6 +215,11 @@ class Run:
         evaluation = Evaluation(version=version, temperature=0.0, samples=samples)
         self._observer.stage(f"{name} accuracy (greedy, {len(samples)} held-out problems, version {version}): {evaluation.accuracy:.3f}")
         return evaluation
+
+    async def _record(self, state: RemoteActor, phase: str) -> TrainingState:
+        current = self.accounts.state(phase)
+        await state.call("record", current, timeout_s=self._config.timeouts.call_s)
+        return current
 
     async def _read_usage(self, name: str, actor: RemoteActor, usage: dict[str, EngineUsage]) -> None:
         usage[name] = await actor.call("usage", timeout_s=self._config.timeouts.call_s)

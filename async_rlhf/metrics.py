@@ -45,7 +45,9 @@ METRICS: Mapping[str, Metric] = {
     "train/tokens_per_s": Metric("mean", "prompt and completion tokens trained per second of train_step"),
     "train/idle_share": Metric("mean", "share of the update's wall time that the learner did not train"),
     "policy/entropy_nats": Metric("mean", "entropy per trained token"),
-    "policy/kl_k1_nats": Metric("mean", "KL(policy || reference) per trained completion, k1 estimate"),
+    "policy/kl_k1_nats": Metric(
+        "mean", "log policy - log reference per trained completion; KL's k1 estimate as far as the samples are the policy's"
+    ),
     "policy/kl_k3_nats": Metric("mean", "the same, k3 estimate"),
     "policy/clip_share": Metric("mean", "share of ratios that the clip holds"),
     "mismatch/kl_k1_nats": Metric("mean", "KL(behavior || proximal) per completion: staleness and engine mismatch, k1 estimate"),
@@ -58,7 +60,7 @@ METRICS: Mapping[str, Metric] = {
     "dpo/chosen_gain_nats": Metric("mean", "policy minus reference log-probability of the chosen completions"),
     "dpo/rejected_gain_nats": Metric("mean", "the same for the rejected ones"),
     "generate/tokens_per_s": Metric("mean", "completion tokens sampled per second, all generators, since the last update"),
-    "generate/idle_share": Metric("mean", "share of that time in which the generators had nothing to sample"),
+    "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
     "weights/export_s": Metric("mean", "snapshot of the policy and its transfer to the broadcaster"),
     "weights/install_s": Metric("mean", "slowest generator's last install, canary included"),
     "weights/canary_error_nats": Metric("mean", "largest canary error of the last installs"),

@@ -45,7 +45,7 @@ class CompletionScorer(nn.Module):
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal language model of a Hugging Face folder, in `dtype`."""
     logging.disable_progress_bar()
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True))
 
 
 def score_microbatch(scorer: nn.Module, microbatch: Microbatch, temperature: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ report.html      the page for people            model/          the final policy
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from async_rlhf.config import Config, to_yaml
@@ -30,10 +30,17 @@ def make_run_folder(config: Config) -> Path:
         raise ConfigError(f"run.dir {folder} already holds a run; choose another folder, or delete this one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(_without_secrets(config)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run.dir {folder} cannot be written: {error}") from error
     return folder
+
+
+def _without_secrets(config: Config) -> Config:
+    """The config with the values of `env` hidden whose names look like a secret's; secrets belong in the environment."""
+    marks = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+    env = {name: "***" if any(mark in name.upper() for mark in marks) else value for name, value in config.env.items()}
+    return replace(config, env=env)
 
 
 class Recorder:

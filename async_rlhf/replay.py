@@ -150,6 +150,9 @@ class ReplayBuffer:
             slot.state = TicketState.LOST
             if ticket.attempt + 1 >= self._settings.max_attempts:
                 self._void(ticket.ticket_id, f"failed: {reason}")
+        self._check_failed_share(reason)
+
+    def _check_failed_share(self, reason: str) -> None:
         failed = sum(count for why, count in self._tally.voided.items() if why.startswith("failed"))
         if failed >= 20 and failed > self._settings.max_failed_share * self._tally.issued:
             raise RunError(

@@ -37,6 +37,12 @@ def load_reward(path: str) -> RewardFunction:
     return cast(RewardFunction, function)
 
 
+def absolute_reward(path: str) -> str:
+    """The same reward path with an absolute file name: actors may run in another folder."""
+    file, separator, function = path.rpartition(":")
+    return f"{Path(file).resolve()}:{function}" if separator and file.endswith(".py") else path
+
+
 def call_reward(
     function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[Mapping[str, str]]
 ) -> np.ndarray:

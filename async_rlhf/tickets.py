@@ -44,7 +44,7 @@ class ReplaySettings:
     """Batches to decide; no more prompts are admitted than they need."""
     order: Literal["ready", "ticket"] = "ready"
     max_replacements_per_batch: int = 0
-    """Tied groups replaced per decision; further ones stay, with zero loss."""
+    """Tied groups replaced per decision; further ones stay: nothing to prefer in them."""
     max_attempts: int = 3
     max_failed_share: float = 0.2
     lease_s: float = 300.0

@@ -114,7 +114,7 @@ class ScoredGroup:
 
     @property
     def tied(self) -> bool:
-        """All scores are equal: no preference, no group-relative gradient."""
+        """All scores are equal: no preference, and no gradient from the scores."""
         return bool(np.all(self.scores == self.scores[0]))
 
 

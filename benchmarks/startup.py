@@ -32,9 +32,7 @@ def measure() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, "-m", "async_rlhf", "train", "conf/quickstart.yaml", f"run.dir={folder}/run", "updates=2"]
         started = time.monotonic()
-        process = subprocess.Popen(
-            [*line, "learner.warmup_steps=0"], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = subprocess.Popen(line, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
         seen: dict[str, float] = {}
         for text in process.stdout:

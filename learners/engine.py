@@ -35,6 +35,8 @@ def join_process_group(*, rank: int, world_size: int, address: str, port: int, t
     timeout = datetime.timedelta(seconds=timeout_s)
     # new_group ignores the timeout given to init_distributed and waits half an hour instead.
     distributed_c10d.default_pg_timeout = timeout
+    # The rendezvous store is rank 0's already (LearnerRank.rendezvous): every rank, rank 0 too, connects to it as a client.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
@@ -44,7 +46,6 @@ def make_engine(config: Config, model_folder: Path) -> Engine:
     settings = config.learner
     bf16 = settings.precision == "bfloat16"
     model = CompletionScorer(load_policy(model_folder, torch.bfloat16 if bf16 else torch.float32))
-    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -67,6 +68,8 @@ def make_engine(config: Config, model_folder: Path) -> Engine:
         },
         dist_init_required=False,
     )
+    # For good: with dropout the policy that is trained would not be the one that samples. Gradients flow all the same.
+    engine.eval()
     return engine
 
 
@@ -76,11 +79,12 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: LearnerConfig, num_ste
 
 def learning_rate_share(step: int, settings: LearnerConfig, num_steps: int) -> float:
     """The rate of optimizer step `step` (0-based) as a share of learning_rate; positive at every step, the last included."""
-    if step < settings.warmup_steps:
-        return (step + 1) / (settings.warmup_steps + 1)
+    warmup = min(settings.warmup_steps, num_steps // 2)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if settings.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, num_steps - 1 - settings.warmup_steps))
+    progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
     fall = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return settings.final_learning_rate_share + (1 - settings.final_learning_rate_share) * fall
 

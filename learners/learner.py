@@ -1,5 +1,6 @@
 """One learner rank: a DeepSpeed engine, the update, the snapshot and the export. Every method is called on all ranks at once."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from async_rlhf.batching import Microbatch, Unit, collate, empty_microbatch, split_units, with_proximal
 from async_rlhf.config import Config
+from async_rlhf.errors import RunError
 from async_rlhf.losses.base import Mean, kl_metrics, mean_of
 from async_rlhf.metrics import derive, over_steps
 from async_rlhf.policy import score_microbatch
@@ -65,9 +67,7 @@ class Learner:
 
     def snapshot(self, version: int) -> WeightsVersion | None:
         """An immutable copy of the policy, with canary, in the generators' dtype; None on ranks other than 0."""
-        self._engine.eval()
         logprobs = score_canary(self._engine, self._canary_ids, self._device)
-        self._engine.train()
         return snapshot(
             policy_of(self._engine),
             version=version,
@@ -117,6 +117,11 @@ class Learner:
         means["train/loss"] = float(self._sum_over_ranks(torch.tensor([loss_sum], dtype=torch.float64))[0])
         means["train/grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0) if grad_norm is None else grad_norm
         means["train/learning_rate"] = learning_rate
+        if not (math.isfinite(means["train/loss"]) and math.isfinite(means["train/grad_norm"])):
+            raise RunError(
+                f"optimizer step {self._optimizer_steps}: the loss is {means['train/loss']} and the gradient norm "
+                f"{means['train/grad_norm']}; the policy is lost: lower learner.learning_rate, or raise learner.warmup_steps"
+            )
         return means, tokens
 
     def _forward(self, microbatch: Microbatch | None, totals: Totals) -> tuple[Tensor, dict[str, Mean]]:

@@ -25,19 +25,24 @@ class LearnerRank:
         self._folder = Path(model_folder)
         self._rank = rank
         self._learner: Learner | None = None
+        self._store: object = None
         if config.learner.num_gpus == 0:
             os.environ["DS_ACCELERATOR"] = "cpu"
         # The slow import, while the other actors do theirs.
         import_module("learners.learner")
 
     def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a free port, for rank 0. Another process may still take the port first: `join` is retried."""
+        """Open the store at which the ranks meet, on rank 0: its address and port. Bound before anybody is told, so never taken."""
         import ray
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation
 
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, int(probe.getsockname()[1])
+        listener = socket.socket()
+        listener.bind((address, 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        self._store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        return address, port
 
     def join(self, address: str, port: int) -> None:
         """Meet the other ranks and load the policy."""

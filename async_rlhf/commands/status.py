@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,33 @@ def _table(state: TrainingState) -> Table:
     return table
 
 
+def _is_ours(entry: dict[str, Any]) -> bool:
+    """Whether to follow the folder's word to a Ray: a stranger's folder must not make us talk to a stranger's cluster.
+
+    A local run of this user: its token lies in a session folder that only we can have made, on this machine. A joined cluster:
+    only the one that RAY_ADDRESS names anyway.
+    """
+    if not entry["token_path"] or os.environ.get("RAY_ADDRESS"):
+        return os.environ.get("RAY_ADDRESS") in ("auto", entry["address"])
+    token = Path(entry["token_path"])
+    in_session = token.parent.parent == Path(tempfile.gettempdir()) and token.parent.name.startswith("arlhf-")
+    if not in_session or not token.is_file() or token.stat().st_uid != os.getuid():
+        return False
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    host = str(entry["address"]).rpartition(":")[0]
+    return host in {"127.0.0.1", *socket.gethostbyname_ex(socket.gethostname())[2], _own_address()}
+
+
+def _own_address() -> str:
+    """The address from which this machine would reach others; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
 def _ask_actor(folder: Path) -> TrainingState | None:
     """The actor's latest state, or None where it cannot be reached."""
     try:
@@ -61,9 +90,9 @@ def _ask_actor(folder: Path) -> TrainingState | None:
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass
-    if entry["token_path"]:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=entry["token_path"])
+        return None  # somebody else's process
+    if not _is_ours(entry):
+        return None
     import ray
 
     from actors.run import STATE_ACTOR

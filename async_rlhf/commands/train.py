@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -19,12 +21,13 @@ from async_rlhf.progress import Progress
 from async_rlhf.prompts import check_model_folder
 from async_rlhf.recorder import Recorder, make_run_folder, write_samples, write_summary
 from async_rlhf.report import write_report
-from async_rlhf.rewards import load_reward
+from async_rlhf.rewards import absolute_reward, load_reward
 from async_rlhf.state import TrainingState, write_atomically
 from async_rlhf.tasks import load_task
 
 if TYPE_CHECKING:
     from actors.accounts import Accounts
+    from actors.launch import Cluster
     from actors.run import Outcome
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
@@ -38,10 +41,10 @@ def run_train(config: Config, console: Console) -> int:
     """Train; returns the process's exit code: 0, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 
     Raises:
-        ConfigError: before any actor starts.
+        ConfigError: before any actor starts, and before there is a run folder.
     """
     metric = load_task(config.task).reward
-    reward = config.reward.function or metric
+    reward = absolute_reward(config.reward.function) if config.reward.function else metric
     load_reward(reward)
     if config.model.path:
         model_folder = Path(config.model.path).resolve()
@@ -50,10 +53,8 @@ def run_train(config: Config, console: Console) -> int:
         model_folder = run_sft(config, None, console)
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
-    with Progress(console, config.updates) as progress:
-        watcher = _Watcher(progress, Recorder(folder))
-        code, summary = _execute(config, folder, model_folder, (reward, metric), watcher)
-        watcher.recorder.close()
+    with Progress(console, config.updates) as progress, closing(Recorder(folder)) as recorder:
+        code, summary = _execute(config, folder, model_folder, (reward, metric), _Watcher(progress, recorder))
     write_summary(folder, summary)
     write_report(folder)
     _say_goodbye(console, folder, summary)
@@ -79,40 +80,71 @@ def _execute(
     config: Config, folder: Path, model_folder: Path, rewards: tuple[str, str], watcher: _Watcher
 ) -> tuple[int, dict[str, object]]:
     """Run on Ray; returns the exit code and the summary, whatever happens."""
+    from actors.accounts import Accounts
     from actors.session import open_session
 
-    session = open_session()
+    started_s = time.perf_counter()
+    accounts = Accounts(config=config, run_id=folder.name)
+    write_atomically(folder / "state.json", accounts.state("starting").to_json())
+    session, cluster, outcome, end = None, None, None, (EXIT_OK, "")
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        session = open_session()
+        watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
+        cluster = _connect(config, folder, session)
+        outcome = _run(RunSettings(config, folder, model_folder, *rewards), cluster, accounts, watcher)
+        write_samples(folder, outcome.start, outcome.final)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # the run's boundary: whatever happened, the folder tells it
+        end = _end_of(error)
+        if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        # From here to the end of the process: an impatient second Ctrl-C must not lose the summary.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        watcher.stage("closing")
+        if cluster is not None:
+            cluster.close(keep_logs=folder / "logs" if end[0] == EXIT_FAILED else None)
+        elif session is not None:
+            shutil.rmtree(session, ignore_errors=True)
+    write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
+    return end[0], _summary(config, folder, accounts, outcome, end, time.perf_counter() - started_s)
+
+
+class RunSettings(NamedTuple):
+    """What `train` found out before it started anything."""
+
+    config: Config
+    folder: Path
+    model_folder: Path
+    reward: str
+    metric: str
+
+
+def _connect(config: Config, folder: Path, session: Path | None) -> "Cluster":
+    # Ray reads its authentication settings when it is imported: not before open_session.
     from actors.launch import connect
+
+    cluster = connect(config, folder.name, session)
+    _write_ray_address(folder, cluster.address, cluster.namespace)
+    return cluster
+
+
+def _run(settings: RunSettings, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> "Outcome":
     from actors.run import LearnerParts, Run, RunPlan
     from learners.group import LearnerGroup
     from learners.rank import LearnerRank
 
-    started_s = time.perf_counter()
     plan = RunPlan(
-        config=config,
-        run_id=folder.name,
-        run_folder=folder,
-        model_folder=model_folder,
-        reward=rewards[0],
-        metric=rewards[1],
+        config=settings.config,
+        run_id=settings.folder.name,
+        run_folder=settings.folder,
+        model_folder=settings.model_folder,
+        reward=settings.reward,
+        metric=settings.metric,
     )
-    outcome, end = None, (EXIT_OK, "")
-    watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
-    cluster = connect(config, folder.name, session)
-    run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher)
-    try:
-        _write_ray_address(folder, cluster.address, cluster.namespace)
-        outcome = asyncio.run(_with_signals(run.execute()))
-        write_samples(folder, outcome.start, outcome.final)
-    except (Exception, KeyboardInterrupt) as error:  # the run's boundary: whatever happened, the folder tells it
-        end = _end_of(error)
-        if end[0] == EXIT_FAILED:
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    finally:
-        watcher.stage("closing")
-        cluster.close()
-    write_atomically(folder / "state.json", run.accounts.state(PHASES.get(end[0], "failed")).to_json())
-    return end[0], _summary(config, folder, run.accounts, outcome, end, time.perf_counter() - started_s)
+    run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher, accounts)
+    return asyncio.run(_with_signals(run.execute()))
 
 
 def _end_of(error: BaseException) -> tuple[int, str]:
@@ -122,6 +154,8 @@ def _end_of(error: BaseException) -> tuple[int, str]:
             return error.code, str(error)
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "ended by SIGINT"
+        case SystemExit():  # what Ray's own handler makes of a SIGTERM while it starts
+            return EXIT_TERMINATED, "ended by SIGTERM"
         case ConfigError() | RewardError():
             return EXIT_BAD_INPUT, str(error)
         case _:
@@ -164,6 +198,11 @@ class _Interrupted(Exception):
         self.code = 128 + signum
 
 
+def _raise_interrupted(signum: int, frame: object) -> None:
+    del frame
+    raise _Interrupted(signum)
+
+
 async def _with_signals(main: Any) -> Any:
     """Await `main`; SIGINT and SIGTERM cancel it. Installed after ray.init, which overwrites handlers."""
     task = asyncio.ensure_future(main)
@@ -178,8 +217,11 @@ async def _with_signals(main: Any) -> Any:
         loop.add_signal_handler(signum, on_signal, signum)
     try:
         return await task
-    except asyncio.CancelledError:
-        raise _Interrupted(received[0] if received else signal.SIGTERM) from None
+    except BaseException as error:
+        # While everything is being cancelled, anything may fail first; the cause is the signal all the same.
+        if received:
+            raise _Interrupted(received[0]) from error
+        raise
 
 
 def _write_ray_address(folder: Path, address: str, namespace: str) -> None:
@@ -194,6 +236,8 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
 
     if summary["exit"] != "success":
         say(f"{summary['exit']} after {summary['updates']} updates: {summary['error']}", "bold red")
+        if (folder / "error.txt").is_file():
+            say(f"where it happened: {folder / 'error.txt'}")
     else:
         say(
             f"held-out accuracy {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} after {summary['updates']} updates "
@@ -203,7 +247,8 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
         say(f"largest staleness trained: {summary['staleness_max']} (bound {summary['max_staleness']})")
         say(
             f"training took {summary['train_wall_s']:.1f} s of {summary['wall_s']:.1f} s; generators idle "
-            f"{summary['generator_idle_share']:.0%}, learner idle {summary['learner_idle_share']:.0%}"
+            f"{summary['generator_idle_share']:.0%}, learner idle {summary['learner_idle_share']:.0%}, both at work at once at least "
+            f"{max(0.0, 1 - summary['generator_idle_share'] - summary['learner_idle_share']):.0%} of it"
         )
         say(f"policy: {summary['model']}")
     say(f"report: {folder / 'report.html'}")

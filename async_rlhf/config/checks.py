@@ -60,11 +60,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"queue.lease_s ({config.queue.lease_s:g}) must exceed timeouts.generate_s ({config.timeouts.generate_s:g}): a ticket that "
             "expires while its completions are still being sampled would go out again for ever; raise queue.lease_s"
         )
-    if config.learner.warmup_steps >= config.optimizer_steps > 1:
-        yield (
-            f"learner.warmup_steps ({config.learner.warmup_steps}) must be below the {config.optimizer_steps} optimizer steps of the "
-            "run (updates x epochs x minibatches); lower it or raise updates"
-        )
     if not config.model.path and config.model.hidden_size % config.model.num_heads:
         yield f"model.hidden_size ({config.model.hidden_size}) must be a multiple of model.num_heads ({config.model.num_heads})"
 
@@ -87,14 +82,12 @@ def _group_contradictions(config: Config) -> Iterator[str]:
 
 def _batch_contradictions(config: Config) -> Iterator[str]:
     size, ranks, parts = config.batch_groups, config.learner.num_ranks, config.algorithm.minibatches_per_batch
-    if size % ranks:
-        yield (
-            f"batch_groups ({size}) must be divisible by learner.num_ranks ({ranks}); "
-            f"nearest: batch_groups={max(ranks, round(size / ranks) * ranks)}"
-        )
     if size % (ranks * parts):
+        by = f"learner.num_ranks ({ranks})"
+        if parts > 1:
+            by = f"learner.num_ranks x algorithm.minibatches_per_batch ({ranks} x {parts})"
         yield (
-            f"batch_groups ({size}) must be divisible by learner.num_ranks x algorithm.minibatches_per_batch ({ranks} x {parts}); "
+            f"batch_groups ({size}) must be divisible by {by}; "
             f"nearest: batch_groups={max(ranks * parts, round(size / (ranks * parts)) * ranks * parts)}"
         )
     if config.learner.precision == "bfloat16" and config.learner.zero_stage == 0:

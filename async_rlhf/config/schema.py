@@ -149,7 +149,7 @@ class QueueConfig:
     max_replacements_per_batch: int = _number(-1, ge=-1, le=1_000_000)
     """Tied groups replaced per update before they stay; -1: batch_groups."""
     max_attempts: int = _number(3, ge=1, le=1000)
-    """Leases of one ticket before its prompt is voided."""
+    """Attempts at a ticket, the last of which fails, before its prompt is voided."""
     max_failed_share: float = _number(0.2, ge=0.0, le=1.0)
     """Share of issued prompts that may fail before the run stops (looked at after 20 failures)."""
     lease_s: float = _number(1200.0, gt=0.0, le=1e6)
@@ -168,14 +168,14 @@ class LearnerConfig:
     """bfloat16 keeps an fp32 master copy of the weights."""
     learning_rate: float = _number(3e-4, gt=0.0, le=1.0)
     warmup_steps: int = _number(5, ge=0, le=1_000_000)
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up; in a short run at most half of its steps."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up; advances per optimizer step, and its last step is above zero."""
     final_learning_rate_share: float = _number(0.1, gt=0.0, le=1.0)
     """Where `linear` and `cosine` end, as a share of learning_rate."""
     weight_decay: float = _number(0.0, ge=0.0, le=1.0)
     adam_beta1: float = _number(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = _number(0.95, ge=0.0, lt=1.0)
+    adam_beta2: float = _number(0.99, ge=0.0, lt=1.0)
     max_grad_norm: float = _number(1.0, gt=0.0, le=1e6)
     max_tokens_per_microbatch: int = _number(16384, ge=1, le=1 << 30)
     """Padded tokens of one forward pass on one rank; a group larger than this is a microbatch of its own."""

@@ -65,8 +65,6 @@ def build_policy(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", seed
         head_dim=config.hidden_size // config.num_heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
-        # 1 / sqrt(width). The library's 0.02 fits widths of some thousands; in a narrow model it starts a long plateau
-        # whose end depends on the seed.
         tie_word_embeddings=config.tie_embeddings,
         bos_token_id=None,
         eos_token_id=eos_id,

@@ -299,7 +299,7 @@ def test_a_slow_scorer_does_not_stop_the_generator():
         await stage.produce()
 
         first_put = stage.events.index("queue.put")
-        assert stage.events[:first_put].count("scorer-0.score") == 6
+        assert stage.events[:first_put].count("queue.scoring") == 6
 
     run(story())
 

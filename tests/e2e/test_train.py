@@ -14,7 +14,7 @@ SUMMARY_KEYS = {
     *("generator_idle_share", "learner_idle_share", "dropped", "exit"),
 }
 QUICKSTART = "conf/quickstart.yaml"
-QUICK = ("learner.warmup_steps=1", "task.held_out=100")
+QUICK = "task.held_out=100"
 
 
 @pytest.mark.slow

@@ -20,14 +20,14 @@ def usage(busy_s: float, num_tokens: int = 0) -> EngineUsage:
 
 
 def make_record(
-    update: int = 0, *, steps: int = 1, version: int = 0, step_s: float = 0.5, busy: dict[str, EngineUsage], score: float = 1.0
+    update: int = 0, *, steps: int = 1, version: int = 0, train_s: float = 0.5, busy: dict[str, EngineUsage], score: float = 1.0
 ):
     groups = tuple(make_scored(make_ticket(index), scores=(score, 0.0), version=version) for index in range(3))
     report = StepReport(
         version=update + 1,
         optimizer_steps=steps * (update + 1),
         num_tokens=200,
-        train_s=0.4,
+        train_s=train_s,
         metrics={"train/loss": 0.25, "correction/ess_share": 0.5},
     )
     counters = QueueCounters(
@@ -48,7 +48,6 @@ def make_record(
         reports=[report, report],
         counters=counters,
         wait_s=0.125,
-        step_s=step_s,
         export_s=0.0625,
         usage=busy,
     )
@@ -155,7 +154,7 @@ def test_idle_shares_of_the_run_count_from_the_first_ticket_to_the_last_update()
     accounts.begin({"a": usage(5.0), "b": usage(1.0)})
     accounts.started_s -= 10.0
 
-    accounts.add(make_record(0, step_s=2.5, busy={"a": usage(11.0), "b": usage(3.0)}), INSTALLS)
+    accounts.add(make_record(0, train_s=2.5, busy={"a": usage(11.0), "b": usage(3.0)}), INSTALLS)
 
     assert accounts.generator_idle_share == pytest.approx(1 - 8 / 20, abs=0.01)
     assert accounts.learner_idle_share == pytest.approx(0.75, abs=0.01)
@@ -164,7 +163,7 @@ def test_idle_shares_of_the_run_count_from_the_first_ticket_to_the_last_update()
 def test_shares_stay_between_zero_and_one_when_clocks_disagree():
     accounts = make_accounts("g")
 
-    row = accounts.add(make_record(busy={"g": usage(1e6)}, step_s=1e6), INSTALLS)
+    row = accounts.add(make_record(busy={"g": usage(1e6)}, train_s=1e6), INSTALLS)
 
     assert (row["generate/idle_share"], row["train/idle_share"]) == (0.0, 0.0)
     assert (accounts.generator_idle_share, accounts.learner_idle_share) == (0.0, 0.0)

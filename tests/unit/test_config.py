@@ -253,7 +253,6 @@ def test_placeholders_that_lead_nowhere_are_refused(override: str) -> None:
         (["run.name=../up"], ["letters, digits", "'../up'"]),
         (["run.name="], ["run.name must be", "''"]),
         (["generator.max_new_tokens=512"], ["max_new_tokens (512)", "max_model_len (512)", "raise max_model_len"]),
-        (["updates=5"], ["learner.warmup_steps (5)", "5 optimizer steps", "lower it or raise updates"]),
         (["model.num_heads=5"], ["model.hidden_size (128) must be a multiple of model.num_heads (5)"]),
     ],
 )

@@ -21,7 +21,7 @@ from async_rlhf.tasks.landing import LANDING_TOLERANCE, copy_weights, land
 TINY = Config(
     task=TaskConfig(max_operand=6, held_out=20),
     model=ModelConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
-    sft=SFTConfig(target_accuracy=0.35, batch_size=16, learning_rate=5e-3, eval_every=5, max_steps=200),
+    sft=SFTConfig(target_accuracy=0.35, batch_size=16, learning_rate=1e-2, eval_every=5, max_steps=300),
 )
 
 
@@ -69,7 +69,7 @@ def test_landing_bisects_the_line_between_two_looks_until_the_accuracy_is_near_t
 
 @pytest.mark.slow
 def test_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path: Path):
-    short = replace(TINY, sft=replace(TINY.sft, max_steps=40, target_accuracy=1.0))
+    short = replace(TINY, sft=replace(TINY.sft, max_steps=300, target_accuracy=1.0))
     weights: list[torch.Tensor] = []
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
         train_start(replace(short, sft=replace(short.sft, seed=seed)), tmp_path / name, _ignore)
@@ -81,13 +81,13 @@ def test_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path: Pat
 
 @pytest.mark.slow
 def test_start_below_the_target_is_kept_with_a_warning_that_says_its_accuracy(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    short = replace(TINY, sft=replace(TINY.sft, max_steps=60, target_accuracy=1.0))
+    short = replace(TINY, sft=replace(TINY.sft, max_steps=160, target_accuracy=1.0))
 
     with caplog.at_level(logging.WARNING, logger="async_rlhf.sft"):
         result = train_start(short, tmp_path / "start", _ignore)
 
     assert 0.0 < result.accuracy < 0.94
-    assert f"held-out accuracy {result.accuracy:.3f} after 60 steps" in caplog.text
+    assert f"held-out accuracy {result.accuracy:.3f} after 160 steps" in caplog.text
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_folder_that_holds_something_is_refused_before_any_work(tmp_path: Path):
 
 @pytest.mark.slow
 def test_second_run_uses_the_cache_and_says_how_to_make_the_start_again(tmp_path: Path):
-    config = replace(TINY, sft=replace(TINY.sft, max_steps=40, cache_dir=str(tmp_path)))
+    config = replace(TINY, sft=replace(TINY.sft, max_steps=150, cache_dir=str(tmp_path)))
     first, second = io.StringIO(), io.StringIO()
 
     made = run_sft(config, None, Console(file=first))
@@ -129,7 +129,7 @@ def test_second_run_uses_the_cache_and_says_how_to_make_the_start_again(tmp_path
 def test_terminal_gets_one_bar_instead_of_lines(tmp_path: Path):
     out = io.StringIO()
 
-    run_sft(replace(TINY, sft=replace(TINY.sft, max_steps=40)), tmp_path / "start", Console(file=out, force_terminal=True, width=120))
+    run_sft(replace(TINY, sft=replace(TINY.sft, max_steps=150)), tmp_path / "start", Console(file=out, force_terminal=True, width=120))
 
     assert "held-out accuracy" in out.getvalue()
     assert "sft step" not in out.getvalue()
