@@ -87,10 +87,7 @@ def nothing_left_behind() -> None:
 
 
 def test_a_submitted_job_trains_and_its_log_shows_the_progress(head: Head, tmp_path: Path) -> None:
-    done = head.submit(
-        *("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "updates=3"),
-        *("batch_groups=16", "task.held_out=100"),
-    )
+    done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "updates=3", "batch_groups=16")
 
     assert done.code == 0, done.output
     assert "joining Ray" in done.output and "update 3/3" in done.output and "succeeded" in done.output

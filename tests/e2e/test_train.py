@@ -9,15 +9,15 @@ from safetensors.numpy import load_file
 
 from tests.support.command import rows_of, run_cli, run_until, summary_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
 SUMMARY_KEYS = {
     *("start_accuracy", "final_accuracy", "max_staleness", "staleness_max", "updates", "prompts", "completions", "tokens", "wall_s"),
     *("generator_idle_share", "learner_idle_share", "dropped", "exit"),
 }
 QUICKSTART = "conf/quickstart.yaml"
-QUICK = "task.held_out=100"
 
 
-@pytest.mark.slow
 def test_asynchronous_dpo_learns_within_its_staleness_bound_and_leaves_a_complete_run_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
@@ -47,12 +47,11 @@ def test_asynchronous_dpo_learns_within_its_staleness_bound_and_leaves_a_complet
     assert report.code == 0 and str(folder / "report.html") in report.output
 
 
-@pytest.mark.slow
 def test_rloo_with_two_generators_and_two_ranks_in_ticket_order_keeps_the_bound(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     done = run_cli(
-        *("train", QUICKSTART, "algorithm=rloo", f"run.dir={folder}", "updates=8", "batch_groups=32", *QUICK),
+        *("train", QUICKSTART, "algorithm=rloo", f"run.dir={folder}", "updates=8", "batch_groups=32"),
         *("generator.count=2", "learner.num_ranks=2", "learner.zero_stage=2", "queue.order=ticket", "weights.on_update=drain"),
         *("max_staleness=2", "algorithm.minibatches_per_batch=2"),
     )
@@ -69,9 +68,8 @@ def losses(folder: Path) -> list[float]:
     return [row["train/loss"] for row in rows_of(folder)]
 
 
-@pytest.mark.slow
 def test_deterministic_runs_give_bit_equal_losses_and_two_generators_the_same_prompts(tmp_path: Path) -> None:
-    common = ("train", QUICKSTART, "deterministic=true", "max_staleness=0", "queue.order=ticket", "updates=5", *QUICK)
+    common = ("train", QUICKSTART, "deterministic=true", "max_staleness=0", "queue.order=ticket", "updates=5")
 
     for name, more in (("a", ()), ("b", ()), ("c", ("generator.count=2",))):
         done = run_cli(*common, f"run.dir={tmp_path / name}", *more)
@@ -85,7 +83,6 @@ def test_deterministic_runs_give_bit_equal_losses_and_two_generators_the_same_pr
     assert summary_of(tmp_path / "a")["staleness_max"] == 0, "max_staleness 0 is the synchronous trainer"
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_a_run_cleanly_and_status_reads_it_while_it_lives(tmp_path: Path) -> None:
     folder, answers = tmp_path / "run", []
 
@@ -104,7 +101,6 @@ def test_ctrl_c_ends_a_run_cleanly_and_status_reads_it_while_it_lives(tmp_path: 
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.slow
 def test_a_reward_that_returns_nan_ends_the_run_with_exit_code_2_and_its_name(tmp_path: Path) -> None:
     reward = tmp_path / "my_reward.py"
     reward.write_text("def score(prompts, completions, **columns):\n    return [float('nan')] * len(prompts)\n")
