@@ -5,6 +5,7 @@ fixed text must equal the learner's. And a canary that cannot fail proves nothin
 """
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from async_rlhf.errors import WeightsError
+from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 
 NOISE_NATS = {"float32": 1e-3, "bfloat16": 0.25}
 """What rounding alone may do to one log-probability between two implementations; measured 1e-5 and 0.1-0.2."""
+
+STORE_SHARE = 0.8
+"""How much of an object store the weights may take; batches and groups need the rest."""
 
 PERTURBATION = 0.5
 """Relative size of the noise that the canary must notice."""
@@ -30,6 +34,22 @@ def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
     return shapes
+
+
+def check_room(shapes: Mapping[str, tuple[int, ...]], dtype: str, num_versions: int, store_bytes: float) -> None:
+    """Raise ConfigError unless the versions kept take less than 80 % of a node's object store.
+
+    Args:
+        shapes: of every tensor; dtype: what they travel in.
+        store_bytes: the smallest object store of any node.
+    """
+    num_bytes = num_versions * (2 if dtype == "bfloat16" else 4) * sum(math.prod(shape) for shape in shapes.values())
+    if num_bytes > STORE_SHARE * store_bytes:
+        raise ConfigError(
+            f"{num_versions} versions of the weights take {num_bytes / 2**20:.0f} MiB, more than {STORE_SHARE:.0%} of Ray's object "
+            f"store of {store_bytes / 2**20:.0f} MiB; raise run.object_store_mib (on a cluster: ray start --object-store-memory), or "
+            "set generator.dtype=bfloat16"
+        )
 
 
 def check_manifest(manifest: WeightsManifest, expected: Mapping[str, tuple[int, ...]]) -> None:

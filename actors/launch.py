@@ -92,6 +92,10 @@ class Cluster:
             free = ray.available_resources()
             raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only"))
 
+    def object_store_bytes(self) -> float:
+        """The smallest object store of any node."""
+        return min(node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"])
+
     def start(self, spec: ActorSpec) -> RemoteActor:
         """Start an actor; returns at once. Only the run itself decides about restarts."""
         options: dict[str, Any] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.waiting import changed_before
 from async_rlhf.config import Config
 from async_rlhf.metrics import BatchSummary, summarize
 from async_rlhf.prompts import PromptStream, load_encode
@@ -66,7 +67,7 @@ class ReplayQueue:
                 if self._buffer.finished:
                     return None
                 granted = self._buffer.grant(holder, self._installed[holder], max_tickets, time.monotonic())
-                if granted or not await self._wait_until(ends):
+                if granted or not await changed_before(self._changed, ends):
                     return granted
 
     async def installed(self, holder: str, version: int) -> None:
@@ -102,7 +103,7 @@ class ReplayQueue:
                     self._retain(batch)
                     self._changed.notify_all()
                     continue
-                if self._buffer.finished or not await self._wait_until(ends):
+                if self._buffer.finished or not await changed_before(self._changed, ends):
                     return NextBatch(summary=None, closed=self._buffer.finished, counters=self._buffer.counters)
 
     async def take(self, update: int, rank: int) -> Shard:
@@ -118,18 +119,6 @@ class ReplayQueue:
     def _retain(self, batch: Batch) -> None:
         self._summary, self._scores = summarize(batch, self._scores), []
         self._shards = shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
-
-    async def _wait_until(self, ends: float) -> bool:
-        """Wait for a change; False when the time is up."""
-        rest = ends - time.monotonic()
-        if rest <= 0:
-            return False
-        try:
-            async with asyncio.timeout(rest):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 def make_buffer(config: Config, model_folder: str) -> ReplayBuffer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actors.accounts import Accounts, Row
+from actors.canary import check_room, shapes_of_folder
 from actors.engine_loop import EngineUsage
 from actors.generator import Generator
 from actors.launch import ActorSpec, Cluster, first_failure, ready
@@ -15,7 +16,7 @@ from actors.remote import RemoteActor
 from actors.replay_queue import ReplayQueue
 from actors.scorer import Scorer
 from actors.training_state import TrainingStateStore
-from actors.weight_broadcaster import WeightBroadcaster
+from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
 from async_rlhf.config import Config
 from async_rlhf.errors import DeadlineError, RunError
 from async_rlhf.evaluation import Evaluation, Sample
@@ -125,6 +126,8 @@ class Run:
             f"starting {len(generators)} generator(s) ({config.generator.engine}), {len(ranks)} learner rank(s) (deepspeed), "
             f"{len(scorers)} scorer(s)"
         )
+        shapes = shapes_of_folder(self._plan.model_folder)
+        check_room(shapes, config.generator.dtype, KEPT_VERSIONS, self._cluster.object_store_bytes())
         await self._cluster.reserve([*generators, *ranks, *scorers])
         started = {spec.name: self._cluster.start(spec) for spec in (*generators, *ranks, *scorers, queue, state)}
         rank_actors = [started[spec.name] for spec in ranks]

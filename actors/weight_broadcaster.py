@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.remote import RemoteActor, resolve
+from actors.waiting import changed_before
 from async_rlhf.types import InstallReport
 
 KEPT_VERSIONS = 2
@@ -68,13 +69,7 @@ class WeightBroadcaster:
         async with self._changed:
             while not self._all_at(version):
                 self._raise_failure()
-                rest = ends - time.monotonic()
-                if rest <= 0:
-                    return False
-                try:
-                    async with asyncio.timeout(rest):
-                        await self._changed.wait()
-                except TimeoutError:
+                if not await changed_before(self._changed, ends):
                     return False
         return True
 

@@ -172,12 +172,6 @@ class WeightsManifest:
     canary_logprobs: tuple[float, ...]
     """The learner's log-probability of canary_ids[1:] given what precedes each, temperature 1, in nats."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors as they travel."""
-        width = {"float32": 4, "bfloat16": 2, "float16": 2}
-        return sum(width[spec.dtype] * int(np.prod(spec.shape)) for spec in self.tensors)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsVersion:

@@ -12,10 +12,10 @@ import torch
 from safetensors.numpy import save_file
 
 import actors.generator
-from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_folder, tolerance_of
+from actors.canary import canary_error, check_manifest, check_room, check_tensors, perturbed, shapes_of_folder, tolerance_of
 from actors.generator import Generator
 from async_rlhf.config import load_config
-from async_rlhf.errors import WeightsError
+from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 
 RNG = np.random.default_rng(0)
@@ -278,3 +278,15 @@ def test_without_verification_nothing_is_scored(tmp_path: Path, monkeypatch: pyt
 
     assert (report.canary_error, len(engine.loaded)) == (0.0, 1)
     generator.close()
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("float32", False), ("bfloat16", True)])
+def test_two_versions_that_would_fill_the_object_store_are_refused_with_the_numbers(dtype: str, fits: bool) -> None:
+    """2 versions x (1024 x 1024 + 1024 x 1024) x 4 bytes = 16 MiB, of which 80 % of 16 MiB holds 12.8; in bfloat16 8 MiB fit."""
+    shapes = {"a": (1024, 1024), "b": (1024, 1024)}
+
+    if fits:
+        check_room(shapes, dtype, 2, 16 * 2**20)
+    else:
+        with pytest.raises(ConfigError, match=r"2 versions of the weights take 16 MiB.*80% of .* 16 MiB; raise run\.object_store_mib"):
+            check_room(shapes, dtype, 2, 16 * 2**20)

@@ -143,11 +143,3 @@ def test_one_old_token_decides_the_age_of_its_whole_group() -> None:
 @pytest.mark.parametrize(("scores", "tied"), [([0.5, 0.5, 0.5], True), ([0.5, 0.5, 0.25], False), ([1.0], True)])
 def test_group_is_tied_when_all_its_scores_are_equal(scores: list[float], tied: bool) -> None:
     assert make_scored(scores, *[make_rollout(span(0, 0, 1))] * len(scores)).tied is tied
-
-
-def test_manifest_counts_the_bytes_that_travel() -> None:
-    """(2 * 3) float32 + scalar float32 + 4 bfloat16 = 24 + 4 + 8."""
-    shapes: list[tuple[tuple[int, ...], str]] = [((2, 3), "float32"), ((), "float32"), ((4,), "bfloat16")]
-    tensors = tuple(types.TensorSpec(name=str(i), shape=shape, dtype=dtype, checksum=0) for i, (shape, dtype) in enumerate(shapes))
-    manifest = types.WeightsManifest(version=0, tensors=tensors, canary_ids=(), canary_logprobs=())
-    assert manifest.num_bytes == 36
