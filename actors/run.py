@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from actors.accounts import Accounts, Row
@@ -22,26 +21,13 @@ from async_rlhf.errors import DeadlineError, RunError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.prompts import encode_problem, load_encode
 from async_rlhf.protocols import LearnerClient
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState
 from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt, Rollout
 
 STATE_ACTOR = "training_state"
 """Name of the TrainingState actor in the run's namespace."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What is to be run, everything checked."""
-
-    config: Config
-    run_id: str
-    run_folder: Path
-    model_folder: Path
-    reward: str
-    """Import path of the training reward."""
-    metric: str
-    """Import path of the task's own metric, for evaluations."""
 
 
 class Observer(Protocol):

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,6 +22,7 @@ from async_rlhf.prompts import check_model_folder
 from async_rlhf.recorder import Recorder, make_run_folder, write_samples, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState, write_atomically
 from async_rlhf.tasks import load_task
 
@@ -54,7 +55,8 @@ def run_train(config: Config, console: Console) -> int:
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     with Progress(console, config.updates) as progress, closing(Recorder(folder)) as recorder:
-        code, summary = _execute(config, folder, model_folder, (reward, metric), _Watcher(progress, recorder))
+        plan = RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=reward, metric=metric)
+        code, summary = _execute(plan, _Watcher(progress, recorder))
     write_summary(folder, summary)
     write_report(folder)
     _say_goodbye(console, folder, summary)
@@ -76,23 +78,21 @@ class _Watcher:
         self._progress.update(row, state)
 
 
-def _execute(
-    config: Config, folder: Path, model_folder: Path, rewards: tuple[str, str], watcher: _Watcher
-) -> tuple[int, dict[str, object]]:
+def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     """Run on Ray; returns the exit code and the summary, whatever happens."""
     from actors.accounts import Accounts
     from actors.session import open_session
 
-    started_s = time.perf_counter()
-    accounts = Accounts(config=config, run_id=folder.name)
+    started_s, folder = time.perf_counter(), plan.run_folder
+    accounts = Accounts(config=plan.config, run_id=plan.run_id)
     write_atomically(folder / "state.json", accounts.state("starting").to_json())
     session, cluster, outcome, end = None, None, None, (EXIT_OK, "")
     signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
         session = open_session()
         watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
-        cluster = _connect(config, folder, session)
-        outcome = _run(RunSettings(config, folder, model_folder, *rewards), cluster, accounts, watcher)
+        cluster = _connect(plan, session)
+        outcome = _run(plan, cluster, accounts, watcher)
         write_samples(folder, outcome.start, outcome.final)
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # the run's boundary: whatever happened, the folder tells it
         end = _end_of(error)
@@ -108,41 +108,23 @@ def _execute(
         elif session is not None:
             shutil.rmtree(session, ignore_errors=True)
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
-    return end[0], _summary(config, folder, accounts, outcome, end, time.perf_counter() - started_s)
+    return end[0], _summary(plan, accounts, outcome, end, time.perf_counter() - started_s)
 
 
-class RunSettings(NamedTuple):
-    """What `train` found out before it started anything."""
-
-    config: Config
-    folder: Path
-    model_folder: Path
-    reward: str
-    metric: str
-
-
-def _connect(config: Config, folder: Path, session: Path | None) -> "Cluster":
+def _connect(plan: RunPlan, session: Path | None) -> "Cluster":
     # Ray reads its authentication settings when it is imported: not before open_session.
     from actors.launch import connect
 
-    cluster = connect(config, folder.name, session)
-    _write_ray_address(folder, cluster.address, cluster.namespace)
+    cluster = connect(plan.config, plan.run_id, session)
+    _write_ray_address(plan.run_folder, cluster.address, cluster.namespace)
     return cluster
 
 
-def _run(settings: RunSettings, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> "Outcome":
-    from actors.run import LearnerParts, Run, RunPlan
+def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> "Outcome":
+    from actors.run import LearnerParts, Run
     from learners.group import LearnerGroup
     from learners.rank import LearnerRank
 
-    plan = RunPlan(
-        config=settings.config,
-        run_id=settings.folder.name,
-        run_folder=settings.folder,
-        model_folder=settings.model_folder,
-        reward=settings.reward,
-        metric=settings.metric,
-    )
     run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher, accounts)
     return asyncio.run(_with_signals(run.execute()))
 
@@ -162,19 +144,17 @@ def _end_of(error: BaseException) -> tuple[int, str]:
             return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
 
-def _summary(
-    config: Config, folder: Path, accounts: "Accounts", outcome: "Outcome | None", end: tuple[int, str], wall_s: float
-) -> dict[str, object]:
+def _summary(plan: RunPlan, accounts: "Accounts", outcome: "Outcome | None", end: tuple[int, str], wall_s: float) -> dict[str, object]:
     """The machine-readable last word. `end`: exit code and error text."""
     return {
-        "run_id": folder.name,
-        "algorithm": config.algorithm.name,
+        "run_id": plan.run_id,
+        "algorithm": plan.config.algorithm.name,
         "exit": EXITS.get(end[0], "failed"),
         "exit_code": end[0],
         "error": end[1],
         "start_accuracy": outcome.start.accuracy if outcome else None,
         "final_accuracy": outcome.final.accuracy if outcome else None,
-        "max_staleness": config.max_staleness,
+        "max_staleness": plan.config.max_staleness,
         "staleness_max": accounts.staleness_max,
         "updates": accounts.updates,
         "optimizer_steps": accounts.optimizer_steps,
@@ -186,7 +166,7 @@ def _summary(
         "generator_idle_share": accounts.generator_idle_share,
         "learner_idle_share": accounts.learner_idle_share,
         "dropped": dict(accounts.dropped),
-        "model": str(folder / "model") if outcome else None,
+        "model": str(plan.run_folder / "model") if outcome else None,
     }
 
 
