@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
 from async_rlhf.config import Config
+from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
 from async_rlhf.types import InstallReport
 
@@ -37,6 +38,7 @@ class Accounts:
     last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+    score_moments: ScoreMoments = field(default_factory=ScoreMoments)
     health: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def begin(self, usage: Mapping[str, EngineUsage]) -> None:
@@ -58,6 +60,7 @@ class Accounts:
         self.train_s += record.train_s
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
+        self.score_moments = summary.moments
         self.last_s, self.last_usage = now, dict(record.usage)
         self.queue = {
             "leased": counters.leased,
@@ -87,6 +90,7 @@ class Accounts:
             staleness_max=self.staleness_max,
             weights_version=self.updates,
             queue=dict(self.queue),
+            score_moments=self.score_moments,
             actors=dict(self.health),
             updated_at=time.time(),
         )

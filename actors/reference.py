@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from async_rlhf.batching import TrainingSequence, collate, split_units
+from async_rlhf.batching import Batching, TrainingSequence, collate, split_units
 from async_rlhf.config import Config
 from async_rlhf.policy import CompletionScorer, load_policy, score_microbatch
 from async_rlhf.types import RolloutGroup
@@ -18,25 +18,30 @@ class ReferencePolicy:
     def __init__(self, model_folder: Path, config: Config) -> None:
         self._temperature = config.generator.temperature
         self._max_tokens = config.learner.max_tokens_per_microbatch
+        self._batching: Batching = config.learner.batching
         self._device = torch.device("cuda" if config.scorer.num_gpus and torch.cuda.is_available() else "cpu")
-        self._scorer = CompletionScorer(load_policy(model_folder)).eval().to(self._device)
+        self._scorer = CompletionScorer(load_policy(model_folder, batching=self._batching)).eval().to(self._device)
 
     @torch.inference_mode()
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
         """Per completion, groups in order: [T] float32 log-probability of each token, at the sampling temperature."""
-        sequences = [
-            TrainingSequence(
-                prompt_ids=group.ticket.prompt.token_ids,
-                completion_ids=rollout.completion_ids,
-                behavior_logprobs=rollout.behavior_logprobs,
-                reference_logprobs=rollout.behavior_logprobs,
-                score=float(index),
+        units = [
+            (
+                TrainingSequence(
+                    prompt_ids=group.ticket.prompt.token_ids,
+                    completion_ids=rollout.completion_ids,
+                    behavior_logprobs=rollout.behavior_logprobs,
+                    reference_logprobs=rollout.behavior_logprobs,
+                    score=0.0,
+                ),
             )
-            for index, (group, rollout) in enumerate((group, rollout) for group in groups for rollout in group.rollouts)
+            for group in groups
+            for rollout in group.rollouts
         ]
         results: dict[int, np.ndarray] = {}
-        for share in split_units([(sequence,) for sequence in sequences], self._max_tokens):
-            values, _ = score_microbatch(self._scorer, collate(share), self._temperature, self._device)
-            for (sequence,), row in zip(share, values.cpu().numpy(), strict=True):
-                results[int(sequence.score)] = row[: len(sequence.completion_ids)]
-        return [results[index] for index in range(len(sequences))]
+        for share in split_units(units, self._max_tokens, self._batching):
+            microbatch = collate([units[index] for index in share], self._batching)
+            values, _ = score_microbatch(self._scorer, microbatch, self._temperature, self._device)
+            for index, row in zip(share, values.cpu().numpy(), strict=True):
+                results[index] = row[: len(units[index][0].completion_ids)]
+        return [results[index] for index in range(len(units))]

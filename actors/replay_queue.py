@@ -7,7 +7,7 @@ a caller that died, or gave up, swallows nothing.
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from async_rlhf.config import Config
 from async_rlhf.metrics import BatchSummary, summarize
 from async_rlhf.prompts import PromptStream, load_encode
 from async_rlhf.replay import ReplayBuffer
+from async_rlhf.scores import ScoreMoments, shape_scores
 from async_rlhf.sharding import shard_batch
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks import load_task
@@ -49,6 +50,8 @@ class ReplayQueue:
         self._buffer = make_buffer(config, model_folder)
         self._num_ranks = config.learner.num_ranks
         self._num_minibatches = config.algorithm.minibatches_per_batch
+        self._reward = config.reward
+        self._moments = ScoreMoments()
         self._changed = asyncio.Condition()
         self._installed: dict[str, int] = {}
         self._shards: tuple[Shard, ...] = ()
@@ -117,8 +120,9 @@ class ReplayQueue:
         return self._buffer.counters
 
     def _retain(self, batch: Batch) -> None:
-        self._summary, self._scores = summarize(batch, self._scores), []
-        self._shards = shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
+        shaped, self._moments = shape_scores(batch, self._moments, self._reward)
+        self._summary, self._scores = replace(summarize(batch, self._scores), moments=self._moments), []
+        self._shards = shard_batch(shaped, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
 
 
 def make_buffer(config: Config, model_folder: str) -> ReplayBuffer:

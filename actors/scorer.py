@@ -5,6 +5,7 @@ from pathlib import Path
 
 from async_rlhf.config import Config
 from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 
@@ -19,6 +20,7 @@ class Scorer:
         """
         self._reward = load_reward(reward_path)
         self._metric = load_reward(metric_path)
+        self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
         from actors.reference import ReferencePolicy
@@ -36,6 +38,8 @@ class Scorer:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         texts = self._decode(rollouts)
         scores = call_reward(self._reward, [p.text for p in prompts], texts, [p.columns for p in prompts])
+        if self._cut_score is not None:
+            scores = penalise_cut(scores, [rollout.finish_reason for rollout in rollouts], self._cut_score)
         references = self._reference.logprobs(groups)
         scored: list[ScoredGroup] = []
         start = 0

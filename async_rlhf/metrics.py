@@ -5,15 +5,16 @@ averages of averages.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from async_rlhf.scores import ScoreMoments
 from async_rlhf.types import Batch
 
-Reduction = Literal["mean", "last"]
+Reduction = Literal["mean", "last", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,29 @@ METRICS: Mapping[str, Metric] = {
     "policy/clip_share": Metric("mean", "share of ratios that the clip holds"),
     "mismatch/kl_k1_nats": Metric("mean", "KL(behavior || proximal) per completion: staleness and engine mismatch, k1 estimate"),
     "mismatch/kl_k3_nats": Metric("mean", "the same, k3 estimate"),
-    "correction/weight": Metric("mean", "mean correction weight w"),
+    "mismatch/ratio_mean": Metric("mean", "C = proximal / behavior per completion; 1 in expectation"),
+    "mismatch/ratio_square": Metric("mean", "mean of C squared"),
+    "mismatch/ratio_max": Metric("max", "the largest C"),
+    "mismatch/ess_share": Metric("mean", "effective sample size if every completion were weighted by C, as a share of their number"),
+    "correction/weight": Metric("mean", "mean correction weight w, per ratio"),
     "correction/weight_square": Metric("mean", "mean of w squared"),
     "correction/ess_share": Metric("mean", "effective sample size of the weights, (sum w)^2 / (n sum w^2)"),
     "dpo/margin": Metric("mean", "beta h over the pairs"),
     "dpo/accuracy": Metric("mean", "share of pairs with h > 0"),
     "dpo/chosen_gain_nats": Metric("mean", "policy minus reference log-probability of the chosen completions"),
     "dpo/rejected_gain_nats": Metric("mean", "the same for the rejected ones"),
+    "listwise/margin": Metric("mean", "beta (policy - reference) of the better minus that of the worse, over all ranked pairs"),
+    "listwise/accuracy": Metric("mean", "share of these pairs with a positive margin"),
+    "bok/nll_nats": Metric("mean", "negative log-likelihood of a trained completion"),
+    "value/mean": Metric("mean", "the critic's value per completion token"),
+    "value/clip_share": Metric("mean", "share of values that the value clip holds"),
+    "value/loss": Metric("mean", "the critic's loss over the global minibatch, vf_coef included"),
+    "value/grad_norm": Metric("mean", "its gradient norm before clipping"),
+    "value/learning_rate": Metric("last", "of its last optimizer step"),
+    "value/return_mean": Metric("mean", "return per completion token: what the critic should say"),
+    "value/return_std": Metric("mean", "its standard deviation over the batch"),
+    "value/advantage_std": Metric("mean", "standard deviation of the advantages before whitening"),
+    "value/explained_variance": Metric("mean", "1 - Var(return - value) / Var(return), values from before the update"),
     "generate/tokens_per_s": Metric("mean", "completion tokens sampled per second, all generators, since the last update"),
     "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
     "weights/export_s": Metric("mean", "snapshot of the policy and its transfer to the broadcaster"),
@@ -67,12 +84,22 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+_REDUCE: Mapping[Reduction, Callable[[Sequence[float]], float]] = {
+    "mean": lambda series: float(np.mean(series)),
+    "last": lambda series: series[-1],
+    "max": max,
+}
+
+
 def derive(means: Mapping[str, float]) -> dict[str, float]:
     """Add the metrics that are functions of reduced means."""
     result = dict(means)
-    if "correction/weight" in means:
-        square = means["correction/weight_square"]
-        result["correction/ess_share"] = means["correction/weight"] ** 2 / square if square else 0.0
+    for share, mean, mean_square in (
+        ("mismatch/ess_share", "mismatch/ratio_mean", "mismatch/ratio_square"),
+        ("correction/ess_share", "correction/weight", "correction/weight_square"),
+    ):
+        if mean in means:
+            result[share] = means[mean] ** 2 / means[mean_square] if means[mean_square] else 0.0
     return result
 
 
@@ -84,7 +111,7 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     keys = {key for step in steps for key in step}
     values = {key: [step[key] for step in steps if key in step] for key in sorted(keys)}
-    return {key: series[-1] if METRICS[key].reduction == "last" else float(np.mean(series)) for key, series in values.items()}
+    return {key: _REDUCE[METRICS[key].reduction](series) for key, series in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +127,8 @@ class BatchSummary:
     staleness_max: int
     """The largest staleness of any token in the batch, updates."""
     metrics: Mapping[str, float]
+    moments: ScoreMoments = field(default_factory=ScoreMoments)
+    """Of all scores up to this batch, it included."""
 
 
 def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummary:

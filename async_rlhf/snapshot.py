@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from async_rlhf.policy import CompletionScorer, load_policy
+from async_rlhf.batching import Batching, text_microbatch
+from async_rlhf.policy import CompletionScorer, load_policy, score_microbatch
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +47,7 @@ def snapshot_of_folder(folder: Path, dtype: str) -> WeightsVersion:
     """The policy of a Hugging Face folder as version 0."""
     model = load_policy(folder, DTYPES[dtype]).eval()
     canary_ids = choose_canary(int(model.config.vocab_size))
-    logprobs = score_canary(CompletionScorer(model), canary_ids, torch.device("cpu"))
+    logprobs = score_canary(CompletionScorer(model), canary_ids, torch.device("cpu"), "padded")
     return make_snapshot(model.named_parameters(), version=0, dtype=dtype, canary_ids=canary_ids, canary_logprobs=logprobs)
 
 
@@ -56,16 +57,14 @@ def choose_canary(vocab_size: int) -> tuple[int, ...]:
     return tuple(int(token) for token in np.random.default_rng(0).permutation(spread))
 
 
-def score_canary(scorer: nn.Module, canary_ids: tuple[int, ...], device: torch.device) -> tuple[float, ...]:
+def score_canary(scorer: nn.Module, canary_ids: tuple[int, ...], device: torch.device, batching: Batching) -> tuple[float, ...]:
     """Log-probability of canary_ids[1:], temperature 1.
 
     Args:
         scorer: a CompletionScorer, wrapped or not; a collective call where its parameters are partitioned over ranks.
     """
-    ids = torch.tensor([canary_ids], device=device)
-    positions = torch.arange(len(canary_ids) - 1, device=device)[None]
     with torch.no_grad():
-        logprobs, _ = scorer(ids, torch.ones_like(ids), positions, ids[:, 1:], 1.0)
+        logprobs, _ = score_microbatch(scorer, text_microbatch(canary_ids, batching), 1.0, device)
     return tuple(float(value) for value in logprobs[0])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rlhf.errors import ConfigError
+from async_rlhf.scores import ScoreMoments, moments_from_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,8 @@ class TrainingState:
     """The newest version with the broadcaster."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     """Groups by place: leased, scoring, waiting, taken, trained."""
+    score_moments: ScoreMoments = field(default_factory=ScoreMoments)
+    """What shapes the scores of the batches to come; see scores.py."""
     actors: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name -> what it last did."""
     updated_at: float = 0.0
@@ -51,7 +54,8 @@ class TrainingState:
 def state_from_json(text: str) -> TrainingState:
     """The state that to_json wrote."""
     fields: dict[str, Any] = json.loads(text)
-    return TrainingState(**fields)
+    moments: Any = moments_from_json(fields.get("score_moments", {}))
+    return TrainingState(**{**fields, "score_moments": moments})
 
 
 def write_atomically(path: Path, text: str) -> None:

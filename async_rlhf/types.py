@@ -114,8 +114,8 @@ class ScoredGroup:
 
     @property
     def tied(self) -> bool:
-        """All scores are equal: no preference, and no gradient from the scores."""
-        return bool(np.all(self.scores == self.scores[0]))
+        """Several completions, all of the same score: no preference among them, and no gradient from comparing them."""
+        return len(self.scores) > 1 and bool(np.all(self.scores == self.scores[0]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

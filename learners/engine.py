@@ -3,18 +3,19 @@
 import datetime
 import math
 import os
-from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from torch import nn
 from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel
 
-from async_rlhf.config import Config
 from async_rlhf.config.schema import LearnerConfig
-from async_rlhf.policy import CompletionScorer, load_policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What each learner.precision loads its weights in."""
 
 Engine = Any
 """deepspeed.DeepSpeedEngine, which ships no types."""
@@ -41,28 +42,25 @@ def join_process_group(*, rank: int, world_size: int, address: str, port: int, t
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def make_engine(config: Config, model_folder: Path) -> Engine:
-    """The policy as a CompletionScorer inside a DeepSpeed engine, with AdamW and the schedule."""
-    settings = config.learner
-    bf16 = settings.precision == "bfloat16"
-    model = CompletionScorer(load_policy(model_folder, torch.bfloat16 if bf16 else torch.float32))
+def make_engine(module: nn.Module, settings: LearnerConfig, learning_rate: float, num_steps: int) -> Engine:
+    """A DeepSpeed engine around a scorer, with AdamW and the schedule over `num_steps` optimizer steps."""
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
+        module.parameters(),
+        lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,
     )
     engine, _, _, _ = deepspeed.initialize(
-        model=model,
+        model=module,
         optimizer=optimizer,
-        lr_scheduler=cast(Any, lambda wrapped: _schedule(wrapped, settings, config.optimizer_steps)),  # its stub wants a class
+        lr_scheduler=cast(Any, lambda wrapped: _schedule(wrapped, settings, num_steps)),  # its stub wants a class
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": settings.max_grad_norm,
             "zero_optimization": {"stage": settings.zero_stage},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": bf16},
+            "bf16": {"enabled": settings.precision == "bfloat16"},
             "wall_clock_breakdown": False,
             "steps_per_print": 10**9,
         },
@@ -89,8 +87,8 @@ def learning_rate_share(step: int, settings: LearnerConfig, num_steps: int) -> f
     return settings.final_learning_rate_share + (1 - settings.final_learning_rate_share) * fall
 
 
-def policy_of(engine: Engine) -> PreTrainedModel:
-    """The Hugging Face model inside the engine."""
+def model_of(engine: Engine) -> PreTrainedModel:
+    """The Hugging Face model inside the engine's scorer."""
     return engine.module.model
 
 

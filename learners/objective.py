@@ -1,11 +1,12 @@
 """What an algorithm is to the learner: which sequences of a group it trains, and its loss on a microbatch."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from async_rlhf.batching import Microbatch, Unit
+from async_rlhf.batching import Microbatch, Unit, sequence_of
 from async_rlhf.config import Config
 from async_rlhf.losses.base import LossOutput
 from async_rlhf.types import ScoredGroup
@@ -23,12 +24,39 @@ class Totals:
     """Completion tokens selected."""
 
 
-class Objective(Protocol):
+class ValueObjective(Protocol):
+    """What an algorithm with a critic adds: targets when a batch arrives, and the critic's loss."""
+
+    def estimate(self, units: Sequence[Unit], sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[list[Unit], dict[str, float]]:
+        """This rank's share of the whole batch with advantages and returns, and global metrics.
+
+        Args:
+            units: with proximal_logprobs and values.
+            sum_over_ranks: elementwise.
+        """
+        ...
+
+    def loss(self, values: Tensor, microbatch: Microbatch, totals: Totals) -> LossOutput:
+        """The microbatch's share of the critic's global loss.
+
+        Args:
+            values: [N, T], carries the gradient.
+        """
+        ...
+
+
+class Objective:
     """One algorithm; a file of its own, a few lines long."""
 
+    critic: ValueObjective | None = None
+    """Not None: a critic is trained beside the policy."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
     def select(self, scored: ScoredGroup) -> Unit:
-        """The sequences of a group that must be trained together; empty where there is nothing to learn."""
-        ...
+        """The sequences of a group that must be trained together; empty where there is nothing to learn. Here: all K."""
+        return tuple(sequence_of(scored, index) for index in range(len(scored.scores)))
 
     def loss(self, policy_logprobs: Tensor, microbatch: Microbatch, totals: Totals) -> LossOutput:
         """The microbatch's share of the global loss.
@@ -36,12 +64,4 @@ class Objective(Protocol):
         Args:
             policy_logprobs: [N, T], carries the gradient.
         """
-        ...
-
-
-def make_objective(config: Config) -> Objective:
-    """The objective that `algorithm.name` asks for."""
-    from learners.dpo import DPO
-    from learners.rloo import RLOO
-
-    return {"dpo": DPO, "rloo": RLOO}[config.algorithm.name](config.algorithm)
+        raise NotImplementedError

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
+from async_rlhf.config.checks import warnings_of
 from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.progress import Progress
 from async_rlhf.prompts import check_model_folder
@@ -47,6 +48,8 @@ def run_train(config: Config, console: Console) -> int:
     metric = load_task(config.task).reward
     reward = absolute_reward(config.reward.function) if config.reward.function else metric
     load_reward(reward)
+    for warning in warnings_of(config):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.model.path:
         model_folder = Path(config.model.path).resolve()
         check_model_folder(model_folder)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from async_rlhf.config.algorithms import AlgorithmConfig, CriticConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
 
@@ -21,6 +22,15 @@ def check_config(config: Config) -> None:
         _check_range(key, value, metadata)
     for message in _contradictions(config):
         raise ConfigError(message)
+
+
+def warnings_of(config: Config) -> list[str]:
+    """Settings that are allowed, and that most users do not want."""
+    if config.algorithm.corrects and config.algorithm.correction == "none" and config.max_staleness > 0:
+        return [
+            "algorithm.correction none trains stale data as if the current policy had sampled it: an ablation; truncated is the default"
+        ]
+    return []
 
 
 def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float, dict[str, float]]]:
@@ -41,6 +51,7 @@ def _check_range(key: str, value: float, limits: dict[str, float]) -> None:
 
 def _contradictions(config: Config) -> Iterator[str]:
     yield from _group_contradictions(config)
+    yield from _algorithm_contradictions(config)
     yield from _batch_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
@@ -55,6 +66,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"generator.max_new_tokens ({config.generator.max_new_tokens}) leaves no room for a prompt in "
             f"generator.max_model_len ({config.generator.max_model_len}); raise max_model_len"
         )
+    if config.reward.missing_eos_penalty is not None and config.reward.missing_eos_percentile is not None:
+        yield (
+            f"reward.missing_eos_penalty ({config.reward.missing_eos_penalty:g}) and reward.missing_eos_percentile "
+            f"({config.reward.missing_eos_percentile:g}) both say what a cut completion scores; set one of them to null"
+        )
     if config.queue.lease_s <= config.timeouts.generate_s:
         yield (
             f"queue.lease_s ({config.queue.lease_s:g}) must exceed timeouts.generate_s ({config.timeouts.generate_s:g}): a ticket that "
@@ -64,20 +80,47 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"model.hidden_size ({config.model.hidden_size}) must be a multiple of model.num_heads ({config.model.num_heads})"
 
 
+_NEEDS_SIBLINGS = {
+    "dpo": "DPO takes the best and the worst completion of a prompt",
+    "rloo": "RLOO measures each completion against the mean of its siblings",
+    "grpo": "GRPO measures each completion against its group's mean and spread",
+    "bok": "BoK takes the best of the completions of a prompt",
+    "listwise": "listwise takes the ranking of the completions of a prompt",
+}
+
+
 def _group_contradictions(config: Config) -> Iterator[str]:
     name, num_completions = config.algorithm.name, config.completions_per_prompt
-    if num_completions < 2:
-        yield (
-            f"algorithm {name} compares the completions of a prompt: completions_per_prompt must be >= 2, got {num_completions}; "
-            "set completions_per_prompt=2"
-        )
+    if config.algorithm.compares and num_completions < 2:
+        yield f"{_NEEDS_SIBLINGS[name]}: completions_per_prompt must be >= 2, got {num_completions}; set completions_per_prompt=2"
     if config.generator.max_inflight < num_completions:
         yield (
             f"generator.max_inflight ({config.generator.max_inflight}) must hold at least one group of "
             f"completions_per_prompt ({num_completions}) completions"
         )
-    if name == "dpo" and config.algorithm.dpo.loss != "sigmoid" and config.algorithm.dpo.label_smoothing:
+
+
+def _algorithm_contradictions(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.dpo.loss != "sigmoid" and algorithm.dpo.label_smoothing:
         yield "algorithm.dpo.label_smoothing belongs to algorithm.dpo.loss sigmoid; set it to 0 or choose sigmoid"
+    if algorithm.name != "ppo" and algorithm.ppo.critic != CriticConfig():
+        yield (
+            f"algorithm.ppo.critic belongs to PPO, the only algorithm with a critic, but algorithm.name is {algorithm.name}; "
+            "set algorithm=ppo, or leave the critic's settings out"
+        )
+    default = AlgorithmConfig()
+    given = [key for key in ("correction", "correction_cap") if getattr(algorithm, key) != getattr(default, key)]
+    if given and not algorithm.corrects:
+        yield (
+            f"algorithm.{given[0]} weights the ratios of PPO, RLOO and GRPO, but {algorithm.name} has none, got "
+            f"{getattr(algorithm, given[0])}; leave it out, or bound the age of the data by max_staleness"
+        )
+    if algorithm.correction not in ("auto", "truncated", "masked") and algorithm.correction_cap != default.correction_cap:
+        yield (
+            f"algorithm.correction_cap belongs to the corrections truncated and masked, got {algorithm.correction_cap:g} with "
+            f"{algorithm.correction}; leave it out"
+        )
 
 
 def _batch_contradictions(config: Config) -> Iterator[str]:

@@ -1,17 +1,15 @@
-"""Every setting, its default, its range and its meaning. The only place where a default is written down.
+"""Every setting, its default, its range and its meaning; those of the algorithms stand in `algorithms.py`.
 
+Nowhere else is a default written down.
 Users state intent at the top level (`updates`, `batch_groups`, `completions_per_prompt`, `max_staleness`); sizes that
 follow from it are derived properties. Ranges stand in the field's metadata and are enforced by `config.checks`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-
-def _number(default: Any, *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None) -> Any:
-    """A numeric field with its range; `None` leaves a side open."""
-    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return field(default=default, metadata={key: value for key, value in limits.items() if value is not None})
+from async_rlhf.config.algorithms import AlgorithmConfig
+from async_rlhf.config.fields import number
 
 
 @dataclass(frozen=True)
@@ -20,24 +18,24 @@ class RunConfig:
     """Names the run folder and Ray's namespace; letters, digits, `.`, `_` and `-`."""
     dir: str = ""
     """Run folder; empty: runs/<name>-<time>. On a cluster: storage that every node sees."""
-    local_cpus: int = _number(0, ge=0, le=4096)
+    local_cpus: int = number(0, ge=0, le=4096)
     """Logical CPUs of a local Ray; 0: what the actors ask for, or the machine's cores if those are more."""
-    object_store_mib: int = _number(256, ge=80, le=1 << 20)
+    object_store_mib: int = number(256, ge=80, le=1 << 20)
     """Ray's shared memory on a local run, MiB."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     name: Literal["arithmetic"] = "arithmetic"
-    num_operands: int = _number(2, ge=2, le=6)
+    num_operands: int = number(2, ge=2, le=6)
     """Numbers to add in one problem."""
-    max_operand: int = _number(99, ge=1, le=9999)
+    max_operand: int = number(99, ge=1, le=9999)
     """Largest number in a problem."""
-    held_out: int = _number(500, ge=1, le=100_000)
+    held_out: int = number(500, ge=1, le=100_000)
     """Problems kept for evaluation; none of them is ever trained."""
-    num_train: int = _number(10_000, ge=1, le=10_000_000)
+    num_train: int = number(10_000, ge=1, le=10_000_000)
     """Problems to train on; all that are not held out, if those are fewer."""
-    seed: int = _number(0, ge=0, lt=2**31)
+    seed: int = number(0, ge=0, lt=2**31)
     """Seed of the train / held-out split."""
 
 
@@ -47,10 +45,10 @@ class ModelConfig:
     """Hugging Face model folder of the initial policy; empty: the task's own supervised start, made once and cached."""
     family: Literal["llama", "qwen3"] = "llama"
     """Architecture of the task's own start; like the sizes below without effect when `path` is given."""
-    hidden_size: int = _number(128, ge=16, le=16384)
-    num_layers: int = _number(4, ge=1, le=256)
-    num_heads: int = _number(4, ge=1, le=256)
-    intermediate_size: int = _number(384, ge=16, le=65536)
+    hidden_size: int = number(128, ge=16, le=16384)
+    num_layers: int = number(4, ge=1, le=256)
+    num_heads: int = number(4, ge=1, le=256)
+    intermediate_size: int = number(384, ge=16, le=65536)
     tie_embeddings: bool = False
 
 
@@ -58,129 +56,104 @@ class ModelConfig:
 class SFTConfig:
     """The supervised start. Stops early, on purpose: reinforcement learning has to have something left to do."""
 
-    target_accuracy: float = _number(0.40, gt=0.0, le=1.0)
+    target_accuracy: float = number(0.40, gt=0.0, le=1.0)
     """Stop at this greedy accuracy on held-out problems."""
-    max_steps: int = _number(3000, ge=1, le=1_000_000)
-    batch_size: int = _number(128, ge=1, le=65536)
-    learning_rate: float = _number(2e-3, gt=0.0, le=1.0)
+    max_steps: int = number(3000, ge=1, le=1_000_000)
+    batch_size: int = number(128, ge=1, le=65536)
+    learning_rate: float = number(2e-3, gt=0.0, le=1.0)
     """Constant, after a short warm-up."""
-    wrong_share: float = _number(0.1, ge=0.0, lt=1.0)
+    wrong_share: float = number(0.1, ge=0.0, lt=1.0)
     """Share of training answers that are given carelessly (see Task.careless_answer), on purpose."""
-    eval_every: int = _number(20, ge=1, le=1_000_000)
+    eval_every: int = number(20, ge=1, le=1_000_000)
     """Optimizer steps between two looks at the held-out accuracy."""
-    seed: int = _number(0, ge=0, lt=2**31)
+    seed: int = number(0, ge=0, lt=2**31)
     cache_dir: str = ""
     """Where finished starts are kept; empty: $XDG_CACHE_HOME/async_rlhf, or ~/.cache/async_rlhf."""
-
-
-@dataclass(frozen=True)
-class DPOConfig:
-    beta: float = _number(0.1, gt=0.0, le=100.0)
-    """KL strength; larger keeps the policy nearer to the reference."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    label_smoothing: float = _number(0.0, ge=0.0, lt=0.5)
-    """Assumed share of wrong preferences (conservative DPO); sigmoid only."""
-
-
-@dataclass(frozen=True)
-class RLOOConfig:
-    kl_coef: float = _number(0.05, ge=0.0, le=100.0)
-    """Weight of KL(policy || reference), in score per nat."""
-    clip_range: float = _number(0.2, gt=0.0, lt=1.0)
-    ratio: Literal["sequence", "token"] = "sequence"
-    """Importance ratio per completion (the paper's Proximal RLOO) or per token."""
-    correction: Literal["behavior", "none", "truncated", "masked", "decoupled"] = "truncated"
-    """How stale data is corrected; see losses/correction.py."""
-    correction_cap: float = _number(2.0, ge=1.0, le=1e6)
-    """c of `truncated` and `masked`."""
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    name: Literal["dpo", "rloo"] = "dpo"
-    minibatches_per_batch: int = _number(1, ge=1, le=1024)
-    """Optimizer steps per pass over a batch."""
-    epochs_per_batch: int = _number(1, ge=1, le=64)
-    """Passes over a batch."""
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    rloo: RLOOConfig = field(default_factory=RLOOConfig)
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
     engine: Literal["vllm", "transformers"] = "vllm"
     """`transformers` is the slow reference engine, for tests and for machines without a vLLM build."""
-    count: int = _number(1, ge=1, le=4096)
-    max_inflight: int = _number(128, ge=1, le=65536)
+    count: int = number(1, ge=1, le=4096)
+    max_inflight: int = number(128, ge=1, le=65536)
     """Completions sampled at once by one generator."""
-    max_new_tokens: int = _number(8, ge=1, le=1 << 20)
+    max_new_tokens: int = number(8, ge=1, le=1 << 20)
     """Length limit of a completion, tokens."""
-    max_model_len: int = _number(512, ge=8, le=1 << 22)
+    max_model_len: int = number(512, ge=8, le=1 << 22)
     """Prompt and completion together, tokens."""
-    temperature: float = _number(1.0, gt=0.0, le=100.0)
+    temperature: float = number(1.0, gt=0.0, le=100.0)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    kv_cache_mib: int = _number(64, ge=1, le=1 << 22)
+    kv_cache_mib: int = number(64, ge=1, le=1 << 22)
     """Memory of the engine's key/value cache, MiB."""
     enforce_eager: bool = True
     """No torch.compile: right for short runs."""
-    num_cpus: float = _number(1.0, ge=0.0, le=4096.0)
-    num_gpus: float = _number(0.0, ge=0.0, le=64.0)
+    num_cpus: float = number(1.0, ge=0.0, le=4096.0)
+    num_gpus: float = number(0.0, ge=0.0, le=64.0)
 
 
 @dataclass(frozen=True)
 class RewardConfig:
+    missing_eos_penalty: float | None = number(None, ge=-1e30, le=1e30)
+    """Score of a completion that the length limit cut; null: its own."""
+    missing_eos_percentile: float | None = number(None, ge=0.0, le=100.0)
+    """The same as a percentile of the scores of recent batches; null: its own."""
+    normalize: bool = False
+    """Shift and scale scores by the running mean and standard deviation of the batches before."""
     function: str = ""
     """`module:function` or `path/to/file.py:function` of `score(prompts, completions, **columns) -> list[float]`; empty: the task's own."""
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    count: int = _number(1, ge=1, le=4096)
-    num_cpus: float = _number(1.0, ge=0.0, le=4096.0)
-    num_gpus: float = _number(0.0, ge=0.0, le=64.0)
+    count: int = number(1, ge=1, le=4096)
+    num_cpus: float = number(1.0, ge=0.0, le=4096.0)
+    num_gpus: float = number(0.0, ge=0.0, le=64.0)
 
 
 @dataclass(frozen=True)
 class QueueConfig:
     order: Literal["ready", "ticket"] = "ready"
     """`ready`: the finished groups of earliest deadline; `ticket`: in the order of issue."""
-    ties: Literal["replace", "keep"] = "replace"
-    """What happens to a group whose scores are all equal."""
-    max_replacements_per_batch: int = _number(-1, ge=-1, le=1_000_000)
+    ties: Literal["auto", "replace", "keep"] = "auto"
+    """What happens to a group whose scores are all equal; auto: replaced, but kept by PPO, which learns from them."""
+    max_replacements_per_batch: int = number(-1, ge=-1, le=1_000_000)
     """Tied groups replaced per update before they stay; -1: batch_groups."""
-    max_attempts: int = _number(3, ge=1, le=1000)
+    max_attempts: int = number(3, ge=1, le=1000)
     """Attempts at a ticket, the last of which fails, before its prompt is voided."""
-    max_failed_share: float = _number(0.2, ge=0.0, le=1.0)
+    max_failed_share: float = number(0.2, ge=0.0, le=1.0)
     """Share of issued prompts that may fail before the run stops (looked at after 20 failures)."""
-    lease_s: float = _number(1200.0, gt=0.0, le=1e6)
+    lease_s: float = number(1200.0, gt=0.0, le=1e6)
     """A ticket not answered for this long goes out again; longer than any completion may take (timeouts.generate_s)."""
     last_batch: Literal["short", "drop"] = "short"
     """When the prompts run out: train the incomplete last batch, or drop it."""
-    max_epochs: int = _number(0, ge=0, le=1_000_000)
+    max_epochs: int = number(0, ge=0, le=1_000_000)
     """Passes over the prompts; 0: as many as `updates` needs."""
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    num_ranks: int = _number(1, ge=1, le=4096)
-    zero_stage: int = _number(0, ge=0, le=3)
+    num_ranks: int = number(1, ge=1, le=4096)
+    zero_stage: int = number(0, ge=0, le=3)
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 keeps an fp32 master copy of the weights."""
-    learning_rate: float = _number(3e-4, gt=0.0, le=1.0)
-    warmup_steps: int = _number(5, ge=0, le=1_000_000)
+    learning_rate: float = number(3e-4, gt=0.0, le=1.0)
+    warmup_steps: int = number(5, ge=0, le=1_000_000)
     """Optimizer steps of linear warm-up; in a short run at most half of its steps."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up; advances per optimizer step, and its last step is above zero."""
-    final_learning_rate_share: float = _number(0.1, gt=0.0, le=1.0)
+    final_learning_rate_share: float = number(0.1, gt=0.0, le=1.0)
     """Where `linear` and `cosine` end, as a share of learning_rate."""
-    weight_decay: float = _number(0.0, ge=0.0, le=1.0)
-    adam_beta1: float = _number(0.9, ge=0.0, lt=1.0)
-    adam_beta2: float = _number(0.99, ge=0.0, lt=1.0)
-    max_grad_norm: float = _number(1.0, gt=0.0, le=1e6)
-    max_tokens_per_microbatch: int = _number(16384, ge=1, le=1 << 30)
-    """Padded tokens of one forward pass on one rank; a group larger than this is a microbatch of its own."""
-    num_cpus: float = _number(1.0, ge=0.0, le=4096.0)
-    num_gpus: float = _number(0.0, ge=0.0, le=64.0)
+    weight_decay: float = number(0.0, ge=0.0, le=1.0)
+    adam_beta1: float = number(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = number(0.99, ge=0.0, lt=1.0)
+    max_grad_norm: float = number(1.0, gt=0.0, le=1e6)
+    batching: Literal["packed", "padded"] = "packed"
+    """Sequences of a microbatch behind one another without padding, or above one another padded to the longest."""
+    max_tokens_per_microbatch: int = number(16384, ge=1, le=1 << 30)
+    """Tokens of one forward pass on one rank, padding included; a group larger than this is a microbatch of its own."""
+    num_cpus: float = number(1.0, ge=0.0, le=4096.0)
+    num_gpus: float = number(0.0, ge=0.0, le=64.0)
 
 
 @dataclass(frozen=True)
@@ -190,7 +163,7 @@ class WeightsConfig:
     """`keep`: running requests go on under the new weights; `drain`: they finish first."""
     verify: bool = True
     """Checksums, and the canary after every install."""
-    canary_tolerance: float = _number(0.0, ge=0.0, le=10.0)
+    canary_tolerance: float = number(0.0, ge=0.0, le=10.0)
     """Allowed canary error in nats; 0: from the engine's own baseline, measured at its start."""
 
 
@@ -198,17 +171,17 @@ class WeightsConfig:
 class TimeoutsConfig:
     """Deadlines of the blocking edges, seconds."""
 
-    start_s: float = _number(300.0, gt=0.0, le=1e6)
-    place_s: float = _number(60.0, gt=0.0, le=1e6)
-    generate_s: float = _number(600.0, gt=0.0, le=1e6)
+    start_s: float = number(300.0, gt=0.0, le=1e6)
+    place_s: float = number(60.0, gt=0.0, le=1e6)
+    generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
-    score_s: float = _number(120.0, gt=0.0, le=1e6)
-    batch_s: float = _number(900.0, gt=0.0, le=1e6)
+    score_s: float = number(120.0, gt=0.0, le=1e6)
+    batch_s: float = number(900.0, gt=0.0, le=1e6)
     """Longest wait of the learner for a batch."""
-    step_s: float = _number(900.0, gt=0.0, le=1e6)
-    weights_s: float = _number(300.0, gt=0.0, le=1e6)
+    step_s: float = number(900.0, gt=0.0, le=1e6)
+    weights_s: float = number(300.0, gt=0.0, le=1e6)
     """Export, transfer and install of one weights version."""
-    call_s: float = _number(60.0, gt=0.0, le=1e6)
+    call_s: float = number(60.0, gt=0.0, le=1e6)
     """Any short call to an actor."""
 
 
@@ -216,17 +189,17 @@ class TimeoutsConfig:
 class Config:
     """One run."""
 
-    updates: int = _number(80, ge=1, le=10_000_000)
+    updates: int = number(80, ge=1, le=10_000_000)
     """Batches to train."""
-    batch_groups: int = _number(64, ge=1, le=1_000_000)
+    batch_groups: int = number(64, ge=1, le=1_000_000)
     """Groups per batch (B)."""
-    completions_per_prompt: int = _number(2, ge=1, le=1024)
+    completions_per_prompt: int = number(2, ge=1, le=1024)
     """Completions in a group (K)."""
-    max_staleness: int = _number(1, ge=0, le=1024)
+    max_staleness: int = number(1, ge=0, le=1024)
     """Largest allowed update minus version of any trained token (eta); 0 is synchronous training."""
     deterministic: bool = False
     """Bit-equal losses on a second run; needs max_staleness 0 and queue.order ticket."""
-    seed: int = _number(0, ge=0, lt=2**31)
+    seed: int = number(0, ge=0, lt=2**31)
     run: RunConfig = field(default_factory=RunConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -250,7 +223,7 @@ class Config:
     @property
     def max_replacements_per_batch(self) -> int:
         """Tied groups replaced per update, the default resolved."""
-        if self.queue.ties == "keep":
+        if self.queue.ties == "keep" or (self.queue.ties == "auto" and not self.algorithm.compares):
             return 0
         chosen = self.queue.max_replacements_per_batch
         return self.batch_groups if chosen < 0 else chosen

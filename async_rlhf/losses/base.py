@@ -28,12 +28,20 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
+class Peak:
+    """A maximum; parts combine over microbatches and ranks by taking the larger one."""
+
+    value: Tensor
+    """[] no gradient."""
+
+
+@dataclass(frozen=True, slots=True)
 class LossOutput:
     """A share of the global loss, and what is worth watching."""
 
     loss: Tensor
     """[] sum over the given rows / global denominator; carries the gradient."""
-    metrics: Mapping[str, Mean]
+    metrics: Mapping[str, Mean | Peak]
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from async_rlhf.losses.base import Mean, masked_sum, mean_of, ratio_of
+from async_rlhf.losses.base import Mean, Peak, kl_metrics, masked_sum, mean_of, ratio_of
 
 Correction = Literal["behavior", "none", "truncated", "masked", "decoupled"]
 
@@ -78,4 +78,19 @@ def correction_metrics(ratios: Ratios) -> dict[str, Mean]:
     return {
         "correction/weight": mean_of(ratios.weight, ratios.mask),
         "correction/weight_square": mean_of(ratios.weight.square(), ratios.mask),
+    }
+
+
+def mismatch_metrics(proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> dict[str, Mean | Peak]:
+    """How far the policy that sampled is from the policy that trains: KL(behavior || proximal), and C per completion.
+
+    C = exp(sum_t m (proximal - behavior)): its mean (1 in expectation), its square, from which `metrics.derive` computes the
+    effective sample size, and its maximum.
+    """
+    ratio = ratio_of(masked_sum(proximal_logprobs - behavior_logprobs, loss_mask).detach())
+    return {
+        **kl_metrics("mismatch/kl", behavior_logprobs, proximal_logprobs, loss_mask),
+        "mismatch/ratio_mean": mean_of(ratio),
+        "mismatch/ratio_square": mean_of(ratio.square()),
+        "mismatch/ratio_max": Peak(ratio.max()),
     }

@@ -17,14 +17,15 @@ def dpo_loss(
     *,
     beta: float,
     denominator: float,
-    loss: Literal["sigmoid", "ipo"] = "sigmoid",
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Direct Preference Optimization, or IPO, over pairs.
+    """Direct Preference Optimization, IPO, or the hinge of SLiC, over pairs.
 
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     sigmoid: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h) with s = label_smoothing
     ipo:     (h - 1 / (2 beta))^2
+    hinge:   max(0, 1 - beta h)
 
     Args:
         policy_chosen_logps: [P] summed log-probability of each chosen completion, in nats; carries the gradient.
@@ -33,13 +34,14 @@ def dpo_loss(
         reference_rejected_logps: [P] likewise.
         beta: KL strength, > 0; larger keeps the policy nearer to the reference.
         denominator: groups in the global minibatch, tied ones included.
-        loss: which of the two.
+        loss: which of the three.
         label_smoothing: assumed share of wrong preferences, in [0, 0.5); sigmoid only.
     Returns:
         Sum over P / denominator; metrics over pairs `dpo/margin` (beta h) and `dpo/accuracy` (share with h > 0).
     Raises:
         ShapeError: the four tensors do not share one shape.
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17.
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17; Zhao et al. 2023
+        (SLiC-HF), arXiv:2305.10425, eq. 5 (hinge); Mitchell 2023, https://ericmitchell.ai/cdpo.pdf (label smoothing).
     """
     require_same_shape(
         policy_chosen_logps=policy_chosen_logps,
@@ -52,6 +54,8 @@ def dpo_loss(
     preference = chosen - rejected
     if loss == "ipo":
         per_pair = torch.square(preference - 1 / (2 * beta))
+    elif loss == "hinge":
+        per_pair = torch.relu(1 - beta * preference)
     else:
         per_pair = -(1 - label_smoothing) * logsigmoid(beta * preference) - label_smoothing * logsigmoid(-beta * preference)
     return LossOutput(

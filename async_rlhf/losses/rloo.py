@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from async_rlhf.errors import ShapeError
-from async_rlhf.losses.base import LossOutput, mean_of, require_same_shape
-from async_rlhf.losses.correction import Correction, corrected_ratios, correction_metrics
+from async_rlhf.losses.base import LossOutput, require_same_shape
+from async_rlhf.losses.clipping import clipped_surrogate
+from async_rlhf.losses.correction import Correction, corrected_ratios
 
 
 def rloo_advantages(returns: Tensor) -> Tensor:
@@ -54,8 +54,7 @@ def rloo_loss(
         correction: how stale data is weighted; see corrected_ratios. correction_cap: its c.
         denominator: completions in the global minibatch.
     Returns:
-        Sum / denominator; metrics `policy/clip_share` (share of ratios whose clipped term is the smaller one), the
-        correction's weights.
+        Sum / denominator; the metrics of clipped_surrogate.
     Raises:
         ShapeError: shapes differ, or advantages are not [N].
     Source: Noukhovitch et al. 2024, arXiv:2410.18252, sec. 3.3; Ahmadian et al. 2024, arXiv:2402.14740.
@@ -65,16 +64,6 @@ def rloo_loss(
     ratios = corrected_ratios(
         policy_logprobs, proximal_logprobs, behavior_logprobs, loss_mask, per=ratio, correction=correction, cap=correction_cap
     )
-    advantage = advantages.detach()
-    if ratio == "token":
-        advantage = advantage[:, None].expand_as(ratios.ratio)
-    plain = ratios.ratio * advantage
-    clipped = ratios.ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-    terms = -ratios.weight * torch.minimum(plain, clipped)
-    return LossOutput(
-        loss=torch.where(ratios.mask, terms, torch.zeros_like(terms)).sum() / denominator,
-        metrics={
-            "policy/clip_share": mean_of((clipped < plain).to(plain.dtype), ratios.mask),
-            **correction_metrics(ratios),
-        },
-    )
+    each = advantages[:, None] if ratio == "token" else advantages
+    terms, metrics = clipped_surrogate(ratios, each, clip_low=clip_range, clip_high=clip_range)
+    return LossOutput(loss=terms.sum() / denominator, metrics=metrics)

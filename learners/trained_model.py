@@ -1,0 +1,94 @@
+"""One model in its DeepSpeed engine: its numbers for a rank's share of the data, and one optimizer step on them."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from async_rlhf.batching import Microbatch, Unit, collate, empty_microbatch, split_units
+from async_rlhf.config.schema import LearnerConfig
+from async_rlhf.errors import RunError
+from async_rlhf.losses.base import LossOutput, Mean, Peak
+from learners.collective import combine, max_over_ranks, reduce_metrics, sum_over_ranks
+from learners.engine import Engine, own_grad_norm
+
+Output = tuple[Tensor, ...]
+"""What the model says of a microbatch: first [N, T], one number per completion token."""
+
+
+class TrainedModel:
+    """A policy or a critic. `rows` and `step` are called on all ranks at once."""
+
+    def __init__(self, engine: Engine, forward: Callable[[Microbatch], Output], settings: LearnerConfig, rate_key: str) -> None:
+        """
+        Args:
+            engine: of make_engine. forward: the engine's, on a microbatch on its device.
+            rate_key: the setting that holds its learning rate, for error messages.
+        """
+        self.engine = engine
+        self.device = torch.device(engine.device)
+        self._forward = forward
+        self._settings = settings
+        self._rate_key = rate_key
+        self._num_steps = 0
+
+    @torch.no_grad()
+    def rows(self, units: Sequence[Unit]) -> list[list[np.ndarray]]:
+        """Per unit and sequence: [T] float32, what the model says of each completion token now."""
+        results: dict[int, list[np.ndarray]] = {}
+        for share, microbatch in self._microbatches(units):
+            values = iter(self._forward(microbatch.to(self.device))[0].cpu().numpy())
+            for index in share:
+                results[index] = [next(values)[: len(sequence.completion_ids)] for sequence in units[index]]
+        return [results[index] for index in range(len(units))]
+
+    def step(self, units: Sequence[Unit], loss: Callable[[Output, Microbatch], LossOutput]) -> dict[str, float]:
+        """One optimizer step on this rank's share of a minibatch.
+
+        Args:
+            loss: a microbatch's share of the global loss.
+        Returns:
+            Global metrics: those of `loss`, and loss, grad_norm and learning_rate.
+        Raises:
+            RunError: the loss or the gradient is not finite.
+        """
+        learning_rate = float(self.engine.get_lr()[0])
+        parts: dict[str, Mean | Peak] = {}
+        loss_sum, grad_norm = 0.0, None
+        microbatches = self._microbatches(units)
+        for index, (share, microbatch) in enumerate(microbatches):
+            last = index == len(microbatches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
+            output = self._forward(microbatch.to(self.device))
+            of_share = loss(output, microbatch.to(self.device)) if share else LossOutput(output[0].sum() * 0.0, {})
+            loss_sum += float(of_share.loss.detach())
+            # DeepSpeed averages gradients over ranks; ours are shares of one global loss, to be summed.
+            self.engine.backward(of_share.loss * dist.get_world_size())
+            grad_norm = own_grad_norm(self.engine) if last else None
+            self.engine.step()
+            parts |= {key: combine(parts.get(key), part) for key, part in of_share.metrics.items()}
+        self._num_steps += 1
+        metrics = reduce_metrics(parts, self.device)
+        metrics["loss"] = float(sum_over_ranks(torch.tensor([loss_sum], dtype=torch.float64), self.device)[0])
+        metrics["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0) if grad_norm is None else grad_norm
+        metrics["learning_rate"] = learning_rate
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise RunError(
+                f"optimizer step {self._num_steps}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; the "
+                f"model is lost: lower {self._rate_key}, or raise learner.warmup_steps"
+            )
+        return metrics
+
+    def _microbatches(self, units: Sequence[Unit]) -> list[tuple[list[int], Microbatch]]:
+        """(indices of the units, microbatch) of this rank's forwards; as many on every rank, the last ones of nothing.
+
+        Under ZeRO-3 every forward gathers parameters from all ranks, so each rank must run as many of them.
+        """
+        batching = self._settings.batching
+        shares = split_units(units, self._settings.max_tokens_per_microbatch, batching)
+        num_forwards = max(1, int(max_over_ranks(torch.tensor([len(shares)]), self.device)[0]))
+        own = [(share, collate([units[index] for index in share], batching)) for share in shares]
+        return own + [([], empty_microbatch(batching))] * (num_forwards - len(own))
