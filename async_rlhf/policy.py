@@ -1,10 +1,12 @@
 """What a network says of completion tokens: their log-probabilities under a policy, their values under a critic."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
@@ -29,7 +31,10 @@ class CompletionScorer(nn.Module):
     def __init__(self, model: PreTrainedModel, max_logits_bytes: int = MAX_LOGITS_BYTES) -> None:
         super().__init__()
         self.model = model
-        self._max_logits_bytes = max_logits_bytes
+        self._chunk_tokens = max(1, max_logits_bytes // (4 * int(model.config.vocab_size)))
+        # All chunks inside one call of the head: under ZeRO-3 every call is a collective, and ranks differ in their chunks.
+        head = cast(nn.Linear, model.get_output_embeddings())
+        cast(Any, head).forward = partial(_score_in_chunks, head)
 
     def forward(self, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
         """
@@ -40,18 +45,8 @@ class CompletionScorer(nn.Module):
             [N, T] log-probability of each completion token in nats (float32, carries the gradient; 0 where masked),
             [N, T] entropy of the distribution it was drawn from, in nats, without gradient; 0 where masked.
         """
-        hidden = _completion_states(self.model, microbatch)
-        ids = microbatch.completion_ids[microbatch.loss_mask]
-        head = cast(Any, self.model.get_output_embeddings())
-        size = max(1, self._max_logits_bytes // (4 * int(self.model.config.vocab_size)))
-        if len(ids) <= size:
-            logprobs, entropy = _score_tokens(head, hidden, ids, temperature)
-        else:
-            chunks = [
-                cast(tuple[Tensor, Tensor], checkpoint(_score_tokens, head, *chunk, temperature, use_reentrant=False))
-                for chunk in zip(hidden.split(size), ids.split(size), strict=True)
-            ]
-            logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        hidden, ids = _completion_states(self.model, microbatch), microbatch.completion_ids[microbatch.loss_mask]
+        logprobs, entropy = cast(Any, self.model.get_output_embeddings())(hidden, ids, temperature, self._chunk_tokens)
         return _in_place(logprobs, microbatch.loss_mask), _in_place(entropy, microbatch.loss_mask)
 
 
@@ -129,9 +124,20 @@ def _completion_states(model: PreTrainedModel, microbatch: Microbatch) -> Tensor
     return hidden.flatten(0, 1).index_select(0, microbatch.predicted_from[microbatch.loss_mask])
 
 
-def _score_tokens(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[M] log-probability and entropy of M tokens from the states [M, H] before them."""
-    log_distribution = (head(hidden).float() / temperature).log_softmax(-1)
+def _score_in_chunks(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """[M] log-probability and entropy of M tokens from the states [M, H] before them; `head.forward`."""
+    if len(ids) <= chunk_tokens:
+        return _score_tokens(head, hidden, ids, temperature)
+    chunks = [
+        cast(tuple[Tensor, Tensor], checkpoint(_score_tokens, head, *chunk, temperature, use_reentrant=False))
+        for chunk in zip(hidden.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
+    ]
+    logprobs, entropy = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def _score_tokens(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_distribution = (linear(hidden, head.weight, head.bias).float() / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(log_distribution.exp() * log_distribution).sum(-1)
     return log_distribution.gather(-1, ids[:, None]).squeeze(-1), entropy

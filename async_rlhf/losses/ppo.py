@@ -112,10 +112,12 @@ def value_loss(
     """
     require_same_shape(values=values, old_values=old_values, returns=returns, mask=loss_mask)
     old_values, returns = old_values.detach(), returns.detach()
+    change = values - old_values
     plain = (values - returns).square()
-    clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns).square()
+    clipped = (old_values + change.clamp(-clip_range, clip_range) - returns).square()
+    held = (change.detach().abs() > clip_range) & (clipped > plain)
     terms = torch.where(loss_mask, torch.maximum(plain, clipped) / 2, torch.zeros_like(plain))
     return LossOutput(
         loss=terms.sum() / denominator,
-        metrics={"value/mean": mean_of(values, loss_mask), "value/clip_share": mean_of((clipped > plain).to(values.dtype), loss_mask)},
+        metrics={"value/mean": mean_of(values, loss_mask), "value/clip_share": mean_of(held.to(values.dtype), loss_mask)},
     )
