@@ -5,7 +5,7 @@
 Five tabular policies over all 8^5 completions of five tokens; the behavior policy is the same table with noise on its logits. Bias =
 |E[gradient] - exact policy gradient| / |exact|, K = 2, at the first step of a batch (policy = proximal), kl_coef 0, clip 0.2, cap 2.
 Nothing is sampled: the expectation is over every pair of completions. Prints the mean over the five policies; 1 is the bias of not
-learning at all. The first two lines say how stale the data is.
+learning at all. The first lines say how stale the data is.
 """
 
 import argparse
@@ -25,6 +25,11 @@ NOISES = (0.1, 0.3, 0.6)
 """Standard deviation of the noise on the behavior policy's logits, in nats."""
 CLIP_RANGE, CORRECTION_CAP = 0.2, 2.0
 Ratio = Literal["sequence", "token"]
+LABELS = {
+    "kl_nats": "KL(behavior || policy), nats",
+    "effective_share": "effective share of untruncated weights",
+    "sequence/none": "none (sequence and token alike)",
+}
 
 
 def token_logprobs(table: Tensor, tokens: Tensor) -> Tensor:
@@ -110,10 +115,10 @@ def main() -> None:
     for noise in NOISES:
         runs = [measure(seed, noise) for seed in range(NUM_POLICIES)]
         columns[noise] = {name: sum(run[name] for run in runs) / NUM_POLICIES for name in runs[0]}
-    print(f"{'noise of the behavior logits':<42}" + "".join(f"{noise:>8}" for noise in NOISES))
-    labels = {"kl_nats": "KL(behavior || policy), nats", "effective_share": "effective share of the samples, untruncated"}
+    print(f"{'noise on the logits of the behavior policy':<46}" + "".join(f"{noise:>8}" for noise in NOISES))
     for name in columns[NOISES[0]]:
-        print(f"{labels.get(name, name):<42}" + "".join(f"{abs(column[name]):>8.3f}" for column in columns.values()))
+        if name != "token/none":
+            print(f"{LABELS.get(name, name):<46}" + "".join(f"{column[name]:>8.3f}" for column in columns.values()))
     if arguments.json:
         metrics = {f"{name}/noise_{noise}": value for noise, column in columns.items() for name, value in column.items()}
         arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")

@@ -44,8 +44,8 @@ class Result:
     """KL(policy || reference) per completion in the last tenth of the updates, k1 estimate."""
 
 
-def train(algorithm: str, seed: int, extra: list[str]) -> Result:
-    """One run of the command line."""
+def train(algorithm: str, seed: int, extra: list[str]) -> Result | None:
+    """One run of the command line; None: it failed, and its last words are printed."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = ["train", "conf/quickstart.yaml", f"algorithm={algorithm}", *SETTINGS[algorithm], "max_staleness=1"]
@@ -54,7 +54,8 @@ def train(algorithm: str, seed: int, extra: list[str]) -> Result:
         done = subprocess.run([sys.executable, "-m", "async_rlhf", *words], cwd=CHECKOUT, capture_output=True, text=True)
         wall_s = time.monotonic() - started
         if done.returncode:
-            raise SystemExit(f"{algorithm}, seed {seed}, failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+            print(f"{algorithm}, seed {seed}, failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}", flush=True)
+            return None
         summary = json.loads((run / "summary.json").read_text())
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = rows[-max(1, len(rows) // 10) :]
@@ -81,15 +82,22 @@ def main() -> None:
         parser.error(f"--algorithms takes {', '.join(SETTINGS)}, got {', '.join(sorted(unknown))}" if unknown else "--seeds must be >= 1")
     extra = [f"updates={QUICK_UPDATES}"] if arguments.quick else []
     results: dict[str, list[Result]] = {name: [] for name in names}
-    # Seed by seed, so that a benchmark cut short has seen every algorithm.
+    failed: list[str] = []
+    # Seed by seed, so that a benchmark cut short has seen every algorithm; what is measured is written at once.
     for seed in range(1 if arguments.quick else arguments.seeds):
         for name in names:
             result = train(name, seed, extra)
+            if result is None:
+                failed.append(f"{name} with seed {seed}")
+                continue
             results[name].append(result)
             print(f"{name}, seed {seed}: {result.start_accuracy:.3f} -> {result.final_accuracy:.3f} in {result.wall_s:.0f} s", flush=True)
-    missed = report(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"metrics": {name: numbers(of_name) for name, of_name in results.items()}}, indent=2) + "\n")
+            if arguments.json:
+                metrics = {known: numbers(of_name) for known, of_name in results.items() if of_name}
+                arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
+    missed = report({name: of_name for name, of_name in results.items() if of_name})
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
     if missed and not arguments.quick:
         raise SystemExit(f"below target: {', '.join(missed)}")
 

@@ -92,7 +92,8 @@ _NEEDS_SIBLINGS = {
 def _group_contradictions(config: Config) -> Iterator[str]:
     name, num_completions = config.algorithm.name, config.completions_per_prompt
     if config.algorithm.compares and num_completions < 2:
-        yield f"{_NEEDS_SIBLINGS[name]}: completions_per_prompt must be >= 2, got {num_completions}; set completions_per_prompt=2"
+        why = _NEEDS_SIBLINGS.get(name, f"{name} compares the completions of a prompt")
+        yield f"{why}: completions_per_prompt must be >= 2, got {num_completions}; set completions_per_prompt=2"
     if config.generator.max_inflight < num_completions:
         yield (
             f"generator.max_inflight ({config.generator.max_inflight}) must hold at least one group of "
