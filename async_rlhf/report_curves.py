@@ -1,4 +1,4 @@
-"""The curves of the report: what is drawn, and how it becomes inline SVG that follows the page's colours."""
+"""The curves of the report as inline SVG that follows the page's colours; what is drawn stands in `curves.py`."""
 
 # matplotlib leaves the types of its keyword arguments open.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -6,11 +6,12 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from async_rlhf.curves import CURVES, Curve, Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,132 +33,6 @@ SIZE_INCHES = (4.9, 2.3)
 COLOURS = {"first": "#010101", "second": "#020202", "muted": "#030303", "grid": "#040404"}
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One metric in a curve."""
-
-    key: str
-    label: str
-    colour: Literal["first", "second"] = "first"
-    peaks: bool = False
-    """Thinning keeps each stretch's maximum instead of its last value."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One figure over the policy version."""
-
-    name: str
-    title: str
-    y_label: str
-    """Quantity and unit."""
-    caption: str
-    """One sentence: how to read it."""
-    lines: tuple[Line, ...]
-    smoothed: bool = False
-    """Adds a running mean; the values themselves turn pale."""
-    signed: bool = False
-    """May fall below zero; else the axis starts there."""
-    percent: bool = False
-    bounded: bool = False
-    """Draws the staleness bound."""
-
-
-CURVES = (
-    Curve(
-        name="reward",
-        title="Reward",
-        y_label="score per completion",
-        caption="Higher is better: pale is each batch's mean score, bold its running mean.",
-        signed=True,
-        lines=(Line("reward/mean", "batch mean"),),
-        smoothed=True,
-    ),
-    Curve(
-        name="kl",
-        title="KL to the start",
-        y_label="KL (k1), nats per completion",
-        caption="How far the policy went from the frozen start: a steep rise without more reward means over-optimization.",
-        signed=True,
-        lines=(Line("rollout/kl_k1_nats", "sampling policy"), Line("policy/kl_k1_nats", "trained policy", "second")),
-    ),
-    Curve(
-        name="entropy",
-        title="Policy entropy",
-        y_label="entropy, nats per token",
-        caption="How much choice is left in each token: a fall to zero means that the policy stopped exploring.",
-        lines=(Line("policy/entropy_nats", "trained policy"),),
-    ),
-    Curve(
-        name="staleness",
-        title="Staleness",
-        y_label="staleness, updates",
-        caption="Updates made between sampling and training of a group: the maximum must never rise above the dashed bound.",
-        lines=(Line("queue/staleness_max", "maximum", "second", peaks=True), Line("queue/staleness_mean", "mean")),
-        bounded=True,
-    ),
-    Curve(
-        name="throughput",
-        title="Throughput",
-        y_label="tokens per second",
-        caption="Completion tokens sampled per second, and all tokens trained per second of training alone: steady is healthy.",
-        lines=(Line("generate/tokens_per_s", "generators"), Line("train/tokens_per_s", "learner", "second")),
-    ),
-    Curve(
-        name="idle",
-        title="Idle shares",
-        y_label="idle, % of wall time",
-        caption="The side that idles waits for the other one: give hardware to the side that does not.",
-        lines=(Line("generate/idle_share", "generators"), Line("train/idle_share", "learner", "second")),
-        percent=True,
-    ),
-    Curve(
-        name="depth",
-        title="Queue depth",
-        y_label="waiting groups",
-        caption="Finished groups left waiting after the batch was taken: zero means that the learner is faster than the generators.",
-        lines=(Line("queue/depth_groups", "groups"),),
-    ),
-    Curve(
-        name="wait",
-        title="Learner wait",
-        y_label="wait per update, s",
-        caption="Seconds that the learner waited for its batch: time in which it could have trained.",
-        lines=(Line("queue/wait_s", "wait"),),
-    ),
-    Curve(
-        name="loss",
-        title="Training loss",
-        y_label="loss (no unit)",
-        caption="Pale is each update's loss, bold its running mean: look for jumps, its level alone says little here.",
-        signed=True,
-        lines=(Line("train/loss", "loss"),),
-        smoothed=True,
-    ),
-    Curve(
-        name="grad_norm",
-        title="Gradient norm",
-        y_label="L2 norm (no unit)",
-        caption="Before clipping: spikes warn of instability, and zero means that nothing was learned.",
-        lines=(Line("train/grad_norm", "norm", peaks=True),),
-    ),
-    Curve(
-        name="install",
-        title="Weight install",
-        y_label="install time, s",
-        caption="Seconds that the slowest generator needed for its last install, canary included: it samples nothing meanwhile.",
-        lines=(Line("weights/install_s", "slowest generator", peaks=True),),
-    ),
-    Curve(
-        name="length",
-        title="Completion length",
-        y_label="tokens per completion",
-        caption="A drift to the length limit, or to nearly nothing, often shows a reward that is being gamed.",
-        lines=(Line("rollout/length_tokens", "batch mean"),),
-    ),
-)
-
-
 def render_curves(rows: Sequence[Row], bound: int | None) -> str:
     """All CURVES as HTML figures with inline SVG; one sentence where there is nothing to draw.
 
@@ -167,7 +42,9 @@ def render_curves(rows: Sequence[Row], bound: int | None) -> str:
     """
     if not rows:
         return '<p class="note">no updates yet</p>'
-    figures = "".join(_figure(curve, rows, bound) for curve in CURVES)
+    measured = {key for row in rows for key in row}
+    shown = [curve for curve in CURVES if not curve.only_where_measured or measured & {line.key for line in curve.lines}]
+    figures = "".join(_figure(curve, rows, bound) for curve in shown)
     return f'<div class="curves">{figures}</div>{_notes(rows)}'
 
 

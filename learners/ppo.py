@@ -50,8 +50,8 @@ class PPOCritic:
         if units:
             found = self._advantages(units)
             mask, advantages, returns, errors = found
-            columns = (torch.ones_like(advantages), advantages, advantages**2, returns, returns**2, errors, errors**2)
-            moments = torch.stack([column[mask].double().sum() for column in columns])
+            a, r, e = (values[mask].double() for values in (advantages, returns, errors))
+            moments = torch.stack([column.sum() for column in (torch.ones_like(a), a, a**2, r, r**2, e, e**2)])
         total, *sums = sum_over_ranks(moments).tolist()
         means = [value / max(total, 1.0) for value in sums]
         mean, std = means[0], _std(means[0], means[1])
@@ -103,7 +103,9 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor] | None
 
 
 def _std(mean: float, mean_square: float) -> float:
-    return max(0.0, mean_square - mean**2) ** 0.5
+    """0 where the variance is no more than the rounding of float32 values."""
+    variance = mean_square - mean**2
+    return variance**0.5 if variance > 1e-12 * mean_square else 0.0
 
 
 def _explained_variance(of_returns: float, of_errors: float) -> float:

@@ -27,7 +27,8 @@ def grpo_advantages(scores: Tensor, *, normalize: bool) -> Tensor:
     """
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ShapeError(f"scores must be [groups, K >= 2], got {tuple(scores.shape)}; a group of one has no spread")
-    scores = scores.detach()
+    # Counted from the first: equal scores give exactly 0, where the rounding of a mean far from 0 would be blown up.
+    scores = scores.detach() - scores.detach()[:, :1]
     centred = scores - scores.mean(1, keepdim=True)
     return centred / (scores.std(1, correction=1, keepdim=True) + STD_EPSILON) if normalize else centred
 

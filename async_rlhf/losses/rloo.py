@@ -23,7 +23,8 @@ def rloo_advantages(returns: Tensor) -> Tensor:
     """
     if returns.dim() != 2 or returns.shape[1] < 2:
         raise ShapeError(f"returns must be [groups, K >= 2], got {tuple(returns.shape)}; leave-one-out needs a sibling")
-    returns = returns.detach()
+    # Counted from the first: equal returns give exactly 0, however far from 0 they are.
+    returns = returns.detach() - returns.detach()[:, :1]
     num_siblings = returns.shape[1] - 1
     return returns - (returns.sum(1, keepdim=True) - returns) / num_siblings
 

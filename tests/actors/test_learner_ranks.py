@@ -114,7 +114,7 @@ def test_loss_and_gradient_of_one_step_are_the_same_on_two_ranks_in_small_padded
     """fp32, 1e-5 relative: packed on one rank against padded on two under ZeRO-2."""
     common = (f"algorithm={algorithm}", "batch_groups=8", "completions_per_prompt=4", "updates=20")
 
-    (plain,), weights = train(worlds, small_config(*common), num_updates=1)
+    (plain,), _ = train(worlds, small_config(*common), num_updates=1)
     (other,), _ = train(worlds, small_config(*common, *TWO, *SMALL, "learner.zero_stage=2", "learner.batching=padded"), num_updates=1)
 
     assert plain.num_tokens == other.num_tokens and plain.metrics.keys() == other.metrics.keys()

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from async_rlhf.batching import TrainingSequence, collate
-from async_rlhf.losses.base import MAX_LOG_RATIO, Mean, kl_metrics, masked_sum, mean_of
-from async_rlhf.losses.correction import corrected_ratios, correction_metrics
+from async_rlhf.losses.base import MAX_LOG_RATIO, Mean, Peak, kl_metrics, masked_sum, mean_of
+from async_rlhf.losses.correction import corrected_ratios, correction_metrics, mismatch_metrics
 from async_rlhf.metrics import derive
+from learners.collective import combine
 from tests.support.samples import make_scored, make_ticket
 
 CORRECTIONS = ["behavior", "none", "truncated", "masked", "decoupled"]
@@ -25,8 +26,11 @@ def random_logprobs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return policy, proximal, behavior
 
 
-def value_of(mean: Mean) -> float:
-    return mean.total.item() / mean.weight.item()
+def value_of(part: Mean | Peak | None) -> float:
+    if isinstance(part, Peak):
+        return part.value.item()
+    assert part is not None
+    return part.total.item() / part.weight.item()
 
 
 @both_scopes
@@ -220,11 +224,78 @@ def test_known_mistake_12_kl_per_completion_does_not_depend_on_the_prompt(prompt
         )
         for rollout, reference in zip(scored.group.rollouts, scored.reference_logprobs, strict=True)
     )
-    microbatch = collate([unit])
+    microbatch = collate([unit], "packed")
 
     kl = kl_metrics("policy/kl", microbatch.behavior_logprobs, microbatch.reference_logprobs, microbatch.loss_mask)["policy/kl_k1_nats"]
 
     assert value_of(kl) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mismatch_by_hand():
+    """log proximal - log behavior: completion 1: -.5, .3; completion 2: .1 (its second token is masked).
+
+    C = e^-.2 = .81873075 and e^.1 = 1.10517092: mean .96195084, mean square .94586140, maximum 1.10517092.
+    KL(behavior || proximal): k1 (.2 - .1) / 2 = .05; k3 = e^d - 1 - d per token: .10653066 + .04985881 + .00517092, / 2 = .08078019.
+    """
+    behavior = torch.tensor([[-1.0, -2.0], [-0.5, float("nan")]], dtype=torch.float64)
+    proximal = torch.tensor([[-1.5, -1.7], [-0.4, 3.0]], dtype=torch.float64)
+
+    metrics = mismatch_metrics(proximal, behavior, torch.tensor([[True, True], [True, False]]))
+
+    expected = {"kl_k1_nats": 0.05, "kl_k3_nats": 0.08078019, "ratio_mean": 0.96195084, "ratio_square": 0.94586140, "ratio_max": 1.10517092}
+    assert {key: value_of(part) for key, part in metrics.items()} == pytest.approx(
+        {f"mismatch/{key}": value for key, value in expected.items()}, abs=1e-8
+    )
+
+
+def test_mismatch_ratio_is_one_in_expectation_and_its_kl_the_exact_one():
+    """All four tokens of the behavior distribution, weighted by it: E[C] = 1, E[k1] = E[k3] = KL(behavior || proximal)."""
+    proximal, behavior = (torch.tensor(x, dtype=torch.float64).log_softmax(-1) for x in ([0.2, 1.0, -0.3, 0.0], [0.0, -0.4, 0.9, 0.3]))
+    exact = (behavior.exp() * (behavior - proximal)).sum().item()
+
+    of_tokens = [mismatch_metrics(proximal[t].reshape(1, 1), behavior[t].reshape(1, 1), torch.tensor([[True]])) for t in range(4)]
+    means = {key: sum(b * value_of(m[key]) for b, m in zip(behavior.exp().tolist(), of_tokens, strict=True)) for key in of_tokens[0]}
+
+    assert means["mismatch/ratio_mean"] == pytest.approx(1.0, rel=1e-12)
+    assert means["mismatch/kl_k1_nats"] == pytest.approx(exact, rel=1e-12)
+    assert means["mismatch/kl_k3_nats"] == pytest.approx(exact, rel=1e-12)
+
+
+def test_mismatch_of_a_split_batch_is_that_of_the_whole():
+    _, proximal, behavior = random_logprobs()
+    whole = mismatch_metrics(proximal.requires_grad_(), behavior, MASK)
+
+    parts: dict[str, Mean | Peak] = {}
+    for rows in (slice(0, 1), slice(1, 3)):
+        of_rows = mismatch_metrics(proximal[rows], behavior[rows], MASK[rows])
+        parts |= {key: combine(parts.get(key), part) for key, part in of_rows.items()}
+
+    ratios = masked_sum(proximal.detach() - behavior, MASK).exp()
+    means = {key: value_of(part) for key, part in parts.items()}
+    assert means == pytest.approx({key: value_of(part) for key, part in whole.items()}, rel=1e-12)
+    assert means["mismatch/ratio_max"] == pytest.approx(ratios.max().item(), rel=1e-12)
+    assert derive(means)["mismatch/ess_share"] == pytest.approx((ratios.sum() ** 2 / (3 * ratios.square().sum())).item(), rel=1e-12)
+    assert not any((part.value if isinstance(part, Peak) else part.total).requires_grad for part in whole.values())
+
+
+@pytest.mark.parametrize("distance", [-1e5, 1e5])
+def test_mismatch_of_impossible_tokens_is_finite(distance: float):
+    behavior = torch.full((1, 2), -1.0)
+
+    metrics = mismatch_metrics(behavior + distance, behavior, torch.tensor([[True, True]]))
+
+    assert all(math.isfinite(value_of(part)) for part in metrics.values())
+    assert value_of(metrics["mismatch/ratio_max"]) == pytest.approx(math.exp(math.copysign(MAX_LOG_RATIO, distance)), rel=1e-5)
+
+
+def test_parts_of_a_peak_combine_to_the_larger_and_parts_of_a_mean_to_their_weighted_mean():
+    """max(-2, -3) = max(-3, -2) = -2; (1 + 5) / (1 + 3) = 1.5, not the mean of 1 and 5 / 3."""
+    low, high = Peak(torch.tensor(-3.0)), Peak(torch.tensor(-2.0))
+    one, three = Mean(torch.tensor(1.0), torch.tensor(1.0)), Mean(torch.tensor(5.0), torch.tensor(3.0))
+
+    assert value_of(combine(low, high)) == value_of(combine(high, low)) == -2.0
+    assert value_of(combine(one, three)) == 1.5
+    assert combine(None, high) is high and combine(None, one) is one
 
 
 def test_masked_sum_keeps_nan_out_of_value_and_gradient():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from async_rlhf.batching import Microbatch, collate
-from async_rlhf.config.schema import AlgorithmConfig, DPOConfig
+from async_rlhf.batching import Batching, Microbatch, collate
+from async_rlhf.config import load_config
 from async_rlhf.errors import ShapeError
 from async_rlhf.losses import dpo_loss
 from learners.dpo import DPO
@@ -23,6 +23,7 @@ variants = pytest.mark.parametrize(
         {"beta": 2.0},
         {"beta": 0.5, "label_smoothing": 0.2},
         {"beta": 0.3, "loss": "ipo"},
+        {"beta": 0.3, "loss": "hinge"},
     ],
     ids=str,
 )
@@ -39,7 +40,7 @@ def slow_dpo(
     loss: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> float:
-    """Eq. 7 of arXiv:2305.18290 with conservative labels, eq. 17 of arXiv:2310.12036; one pair at a time."""
+    """Eq. 7 of arXiv:2305.18290 with conservative labels, eq. 17 of arXiv:2310.12036, SLiC's hinge; one pair at a time."""
 
     def log_sigmoid(x: float) -> float:
         return math.log(1 / (1 + math.exp(-x)))
@@ -49,6 +50,8 @@ def slow_dpo(
         h = math.log(math.exp(y_w) / math.exp(y_l)) - math.log(math.exp(ref_w) / math.exp(ref_l))
         if loss == "ipo":
             total += (h - 1 / (2 * beta)) ** 2
+        elif loss == "hinge":
+            total += max(0.0, 1 - beta * h)
         else:
             total += -(1 - label_smoothing) * log_sigmoid(beta * h) - label_smoothing * log_sigmoid(-beta * h)
     return total / denominator
@@ -60,8 +63,9 @@ def random_logps(num_pairs: int, seed: int = 0) -> list[Tensor]:
 
 
 @variants
-def test_loss_is_the_papers_formula(settings: dict[str, Any]):
-    logps = random_logps(7)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_is_the_papers_formula(settings: dict[str, Any], seed: int):
+    logps = random_logps(7, seed)
 
     output = dpo_loss(*logps, denominator=9.0, **settings)
 
@@ -86,6 +90,14 @@ def test_one_ipo_pair_by_hand():
     logps = [torch.tensor([x], dtype=torch.float64) for x in (-2.0, -3.0, -2.5, -2.7)]
 
     assert dpo_loss(*logps, beta=0.25, denominator=1.0, loss="ipo").loss.item() == pytest.approx(1.44, abs=1e-12)
+
+
+def test_one_hinge_pair_by_hand():
+    """h = 0.8 as above; max(0, 1 - 0.25 * 0.8) = 0.8, over two groups 0.4; with beta 2 it is max(0, 1 - 1.6) = 0."""
+    logps = [torch.tensor([x], dtype=torch.float64) for x in (-2.0, -3.0, -2.5, -2.7)]
+
+    assert dpo_loss(*logps, beta=0.25, denominator=2.0, loss="hinge").loss.item() == pytest.approx(0.4, abs=1e-12)
+    assert dpo_loss(*logps, beta=2.0, denominator=2.0, loss="hinge").loss.item() == 0.0
 
 
 @variants
@@ -143,6 +155,16 @@ def test_ipo_pulls_back_a_margin_that_is_too_large():
     torch.testing.assert_close(chosen.grad, torch.tensor([-0.2, 0.0, 0.2], dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_hinge_lets_go_of_a_margin_that_is_large_enough():
+    """beta h = 0.95, 1.05 around the hinge at 1: slope -beta / denominator = -0.25 / 2 before it, nothing behind it."""
+    chosen = torch.tensor([3.8, 4.2], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(2, dtype=torch.float64)
+
+    dpo_loss(chosen, zero, zero, zero, beta=0.25, denominator=2.0, loss="hinge").loss.backward()
+
+    torch.testing.assert_close(chosen.grad, torch.tensor([-0.125, 0.0], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("h", [-1e6, 1e6])
 def test_huge_margins_stay_finite_and_linear(h: float):
     """-log sigmoid(beta h) -> max(0, -beta h); its slope -> -beta or 0."""
@@ -195,12 +217,12 @@ def test_shapes_that_would_broadcast_are_refused(odd_one: int):
 
 
 def objective(**settings: Any) -> DPO:
-    return DPO(AlgorithmConfig(dpo=DPOConfig(**settings)))
+    return DPO(load_config(overrides=["algorithm=dpo", *(f"algorithm.dpo.{key}={value}" for key, value in settings.items())]).config)
 
 
 def microbatch_of(dpo: DPO, *scores: tuple[float, ...]) -> Microbatch:
     units = [dpo.select(make_scored(make_ticket(index, seed=index), scores=row)) for index, row in enumerate(scores)]
-    return collate([unit for unit in units if unit])
+    return collate([unit for unit in units if unit], "packed")
 
 
 def test_pair_is_the_best_and_the_worst_of_the_group():
@@ -213,15 +235,18 @@ def test_pair_is_the_best_and_the_worst_of_the_group():
     assert rejected.reference_logprobs is scored.reference_logprobs[2]
 
 
-def test_equal_best_scores_are_broken_by_the_seed_and_not_by_their_order():
-    def chosen_of(seed: int) -> int:
-        scored = make_scored(make_ticket(seed=seed), scores=(1.0, 0.0, 1.0, 1.0))
-        chosen = objective().select(scored)[0]
-        return next(k for k, rollout in enumerate(scored.group.rollouts) if rollout.completion_ids is chosen.completion_ids)
+@pytest.mark.parametrize(("place", "scores"), [(0, (1.0, 0.0, 1.0, 1.0)), (1, (0.0, 1.0, 0.0, 0.0))], ids=["best", "worst"])
+def test_equal_scores_are_broken_by_the_seed_and_not_by_their_order(place: int, scores: tuple[float, ...]):
+    dpo = objective()
 
-    picks = [chosen_of(seed) for seed in range(300)]
+    def pick(seed: int) -> int:
+        scored = make_scored(make_ticket(seed=seed), scores=scores)
+        picked = dpo.select(scored)[place]
+        return next(k for k, rollout in enumerate(scored.group.rollouts) if rollout.completion_ids is picked.completion_ids)
 
-    assert picks == [chosen_of(seed) for seed in range(300)]
+    picks = [pick(seed) for seed in range(300)]
+
+    assert picks == [pick(seed) for seed in range(300)]
     # 300 draws of 1/3: 100 +- 8.2 each; five standard deviations.
     assert all(abs(picks.count(k) - 100) < 41 for k in (0, 2, 3)) and 1 not in picks
 
@@ -241,18 +266,33 @@ def test_known_mistake_6_a_tied_group_gives_no_pair_but_counts_in_the_denominato
     assert output.metrics["dpo/margin"].weight.item() == 2
 
 
-def test_objective_sums_the_log_probabilities_of_each_completion():
-    dpo = objective(beta=0.7)
+@variants
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_objective_sums_the_log_probabilities_of_each_completion(settings: dict[str, Any], batching: Batching):
+    dpo = objective(**settings)
     groups = [make_scored(make_ticket(index), scores=(0.0, 1.0), seed=5) for index in range(3)]
-    microbatch = collate([dpo.select(scored) for scored in groups])
+    microbatch = collate([dpo.select(scored) for scored in groups], batching)
     policy = torch.linspace(-3, 0, microbatch.loss_mask.numel()).reshape(microbatch.loss_mask.shape)
 
-    output = dpo.loss(policy, microbatch, Totals(groups=3.0, sequences=6.0, tokens=1.0))
+    output = dpo.loss(policy, microbatch, Totals(groups=4.0, sequences=6.0, tokens=1.0))
 
     sums = [sum(row[: int(mask.sum())]) for row, mask in zip(policy.double().tolist(), microbatch.loss_mask, strict=True)]
     reference = [[float(np.sum(scored.reference_logprobs[k], dtype=np.float64)) for scored in groups] for k in (1, 0)]
-    expected = slow_dpo(sums[0::2], sums[1::2], *reference, beta=0.7, denominator=3.0)
+    expected = slow_dpo(sums[0::2], sums[1::2], *reference, denominator=4.0, **settings)
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_order_of_the_groups_changes_nothing():
+    dpo, totals = objective(), Totals(groups=3.0, sequences=6.0, tokens=1.0)
+    units = [dpo.select(make_scored(make_ticket(index), scores=(0.0, 1.0))) for index in range(3)]
+    whole = collate(units, "padded")
+    policy = torch.linspace(-3, 0, whole.loss_mask.numel(), dtype=torch.float64).reshape(whole.loss_mask.shape).requires_grad_()
+
+    straight = dpo.loss(policy, whole, totals).loss
+    turned = dpo.loss(policy[[4, 5, 0, 1, 2, 3]], collate([units[2], units[0], units[1]], "padded"), totals).loss
+
+    torch.testing.assert_close(turned, straight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, policy)[0] for loss in (straight, turned)), rtol=1e-6, atol=1e-9)
 
 
 def test_masked_positions_may_hold_nan_and_get_no_gradient():
