@@ -55,7 +55,7 @@ class GRPOConfig:
     clip_low: float = number(0.2, gt=0.0, lt=1.0)
     clip_high: float = number(0.28, gt=0.0, le=100.0)
     kl_coef: float = number(0.0, ge=0.0, le=100.0)
-    """Weight of k3 in the loss, in score per nat; on-policy its gradient is that of KL(reference || policy)."""
+    """Weight of k3 in the loss, in score per nat; on-policy its gradient is that of the next token's KL(reference || policy)."""
     loss_norm: Literal["token", "sequence", "constant"] = "token"
     """Denominator: tokens, completions (of each one's mean), or completions x generator.max_new_tokens (Dr. GRPO)."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from async_rlhf.errors import ShapeError
-from async_rlhf.losses.base import LossOutput, ratio_of, require_same_shape
+from async_rlhf.losses.base import MAX_LOG_RATIO, LossOutput, require_same_shape
 from async_rlhf.losses.clipping import clipped_surrogate
 from async_rlhf.losses.correction import Correction, corrected_ratios
 
@@ -52,7 +52,7 @@ def grpo_loss(
     """Clipped per-token policy gradient, plus kl_coef k3: -w min(R A, clip(R, 1 - low, 1 + high) A) + kl_coef k3.
 
     k3 = exp(reference - policy) - 1 - (reference - policy). As a loss it has, on-policy, the gradient of
-    KL(reference || policy), not of KL(policy || reference).
+    KL(reference || policy) of the next token, at the prefixes that the policy visits; not that of KL(policy || reference).
 
     Args:
         policy_logprobs: [N, T], carries the gradient. proximal_logprobs, behavior_logprobs, reference_logprobs: [N, T].
@@ -82,7 +82,8 @@ def grpo_loss(
     terms, metrics = clipped_surrogate(ratios, advantages[:, None], clip_low=clip_low, clip_high=clip_high)
     if kl_coef:
         difference = torch.where(loss_mask, reference_logprobs.detach() - policy_logprobs, torch.zeros_like(policy_logprobs))
-        terms = terms + kl_coef * (ratio_of(difference) - 1 - difference)
+        difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # all of it: exp alone would leave -difference, which pushes away
+        terms = terms + kl_coef * (difference.exp() - 1 - difference)
     if loss_norm == "sequence":
         terms = terms / loss_mask.sum(1, keepdim=True).clamp(min=1)
     return LossOutput(loss=terms.sum() / denominator, metrics=metrics)
