@@ -1,6 +1,5 @@
 """The stream of prompts: seeded order, epochs, and a cursor from which it resumes."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from async_rlhf.errors import ConfigError
 from async_rlhf.tasks.base import Problem
 from async_rlhf.types import Prompt
 
@@ -106,26 +104,3 @@ def load_encode(model_folder: Path) -> Encode:
 
     slow = AutoTokenizer.from_pretrained(model_folder)
     return lambda text: cast(list[int], slow(text)["input_ids"])
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise ConfigError unless `folder` holds a Hugging Face model whose tokenizer has an end-of-sequence token."""
-    remedy = "set model.path to a folder made by save_pretrained, or leave it empty for the task's own start"
-    if not folder.is_dir():
-        raise ConfigError(f"model.path must be a folder with a Hugging Face model, got {folder}, which does not exist; {remedy}")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {folder} holds no config.json; {remedy}")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path {folder} holds no *.safetensors weights; {remedy}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
-        raise ConfigError(f"model.path {folder} holds no tokenizer; save it there with tokenizer.save_pretrained")
-    file = folder / "tokenizer_config.json"
-    try:
-        settings = cast(dict[str, object], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}; save it again with tokenizer.save_pretrained") from None
-    if not settings.get("eos_token"):
-        raise ConfigError(
-            f"the tokenizer in {folder} has no end-of-sequence token (eos_token in tokenizer_config.json); "
-            "completions could never end: set tokenizer.eos_token and save it again"
-        )

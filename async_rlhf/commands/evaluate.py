@@ -11,7 +11,8 @@ from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.prompts import check_model_folder, encode_problem, load_encode
+from async_rlhf.model_folders import check_model_folder
+from async_rlhf.prompts import encode_problem, load_encode
 from async_rlhf.rewards import call_reward, load_reward
 from async_rlhf.tasks import load_task
 from async_rlhf.types import InstallReport, WeightsVersion

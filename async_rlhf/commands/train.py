@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.model_folders import check_critic_folder, check_model_folder, check_same_vocabulary
 from async_rlhf.progress import Progress
-from async_rlhf.prompts import check_model_folder
 from async_rlhf.recorder import Recorder, make_run_folder, write_samples, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.rewards import absolute_reward, load_reward
@@ -50,11 +51,16 @@ def run_train(config: Config, console: Console) -> int:
     load_reward(reward)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if config.algorithm.ppo.critic.path:
+        config = _with_absolute_critic(config)
+        check_critic_folder(Path(config.algorithm.ppo.critic.path))
     if config.model.path:
         model_folder = Path(config.model.path).resolve()
         check_model_folder(model_folder)
     else:
         model_folder = run_sft(config, None, console)
+    if config.algorithm.ppo.critic.path:
+        check_same_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     with Progress(console, config.updates) as progress, closing(Recorder(folder)) as recorder:
@@ -64,6 +70,13 @@ def run_train(config: Config, console: Console) -> int:
     write_report(folder)
     _say_goodbye(console, folder, summary)
     return code
+
+
+def _with_absolute_critic(config: Config) -> Config:
+    """The same path for actors in another folder."""
+    ppo = config.algorithm.ppo
+    critic = replace(ppo.critic, path=str(Path(ppo.critic.path).resolve()))
+    return replace(config, algorithm=replace(config.algorithm, ppo=replace(ppo, critic=critic)))
 
 
 class _Watcher:

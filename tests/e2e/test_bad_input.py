@@ -20,6 +20,13 @@ QUICKSTART = "conf/quickstart.yaml"
         ("max_stalenes=1", ("unknown setting 'max_stalenes'", "did you mean 'max_staleness'")),
         ("updates=many", ("updates", "'many'")),
         ("completions_per_prompt=1", ("completions_per_prompt must be >= 2, got 1",)),
+        ("algorithm=grpo completions_per_prompt=1", ("GRPO measures each completion against its group's", "set completions_per_prompt=2")),
+        (
+            "algorithm.correction=decoupled",
+            ("weights the ratios of PPO, RLOO and GRPO, but dpo has none", "leave it out"),
+        ),
+        ("algorithm=rloo algorithm.ppo.critic.learning_rate=1e-4", ("algorithm.ppo.critic belongs to PPO", "set algorithm=ppo")),
+        ("algorithm=ppo algorithm.ppo.critic.path=/no/critic", ("algorithm.ppo.critic.path", "/no/critic", "does not exist")),
         ("max_staleness=-1", ("max_staleness must be >= 0", "got -1", "use 0 for synchronous training")),
         ("batch_groups=63 learner.num_ranks=2", ("batch_groups (63) must be divisible by learner.num_ranks (2)",)),
         ("model.path=/no/such/folder", ("model.path", "/no/such/folder", "does not exist")),

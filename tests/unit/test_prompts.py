@@ -1,6 +1,5 @@
-"""The stream of prompts, the tokenizer file and the check of a model folder."""
+"""The stream of prompts, and the tokenizer file."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rlhf.errors import ConfigError
-from async_rlhf.prompts import PromptCursor, PromptStream, check_model_folder, encode_problem, load_encode
+from async_rlhf.prompts import PromptCursor, PromptStream, encode_problem, load_encode
 from async_rlhf.tasks.base import Problem
 
 
@@ -136,65 +134,3 @@ def test_tokenizer_file_is_read_without_importing_transformers(tmp_path: Path) -
         "assert not {'transformers', 'torch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2], timeout=120)
-
-
-# The model folder
-
-
-def write_model_folder(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text("{}", encoding="ascii")
-    (folder / "model.safetensors").write_bytes(b"")
-    (folder / "tokenizer.json").write_text("{}", encoding="ascii")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}), encoding="ascii")
-    return folder
-
-
-def test_folder_with_config_weights_tokenizer_and_end_token_is_accepted(tmp_path: Path) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    assert check_model_folder(folder) is None
-
-
-@pytest.mark.parametrize(
-    ("missing", "got", "remedy"),
-    [
-        ("config.json", "holds no config.json", "save_pretrained"),
-        ("model.safetensors", r"holds no \*.safetensors weights", "save_pretrained"),
-        ("tokenizer.json", "holds no tokenizer", "tokenizer.save_pretrained"),
-        ("tokenizer_config.json", "no end-of-sequence token", "set tokenizer.eos_token"),
-    ],
-)
-def test_missing_part_of_a_model_folder_is_named_with_the_folder_and_a_remedy(tmp_path: Path, missing: str, got: str, remedy: str) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    (folder / missing).unlink()
-    with pytest.raises(ConfigError, match=got) as caught:
-        check_model_folder(folder)
-    assert str(folder) in str(caught.value)
-    assert remedy in str(caught.value)
-
-
-def test_model_path_that_does_not_exist_says_so_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path must be a folder.*nowhere, which does not exist.*leave it empty"):
-        check_model_folder(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"eos_token": null}', "no end-of-sequence token"),
-        ("{}", "no end-of-sequence token"),
-        ('{"eos_token": "<e', "is not valid JSON"),
-    ],
-)
-def test_tokenizer_settings_without_a_readable_end_token_are_refused(tmp_path: Path, text: str, expected: str) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    (folder / "tokenizer_config.json").write_text(text, encoding="ascii")
-    with pytest.raises(ConfigError, match=expected):
-        check_model_folder(folder)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "spiece.model"])
-def test_tokenizers_of_other_kinds_are_accepted(tmp_path: Path, name: str) -> None:
-    folder = write_model_folder(tmp_path / "model")
-    (folder / "tokenizer.json").rename(folder / name)
-    assert check_model_folder(folder) is None

@@ -1,0 +1,62 @@
+"""Hugging Face model folders, checked before any work starts."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from async_rlhf.errors import ConfigError
+
+_CRITIC = "algorithm.ppo.critic.path"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ConfigError unless `folder` holds a Hugging Face model whose tokenizer has an end-of-sequence token."""
+    remedy = "set model.path to a folder made by save_pretrained, or leave it empty for the task's own start"
+    _check_files("model.path", folder, remedy)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
+        raise ConfigError(f"model.path {folder} holds no tokenizer; save it there with tokenizer.save_pretrained")
+    file = folder / "tokenizer_config.json"
+    settings = _read(file, "tokenizer.save_pretrained") if file.is_file() else {}
+    if not settings.get("eos_token"):
+        raise ConfigError(
+            f"the tokenizer in {folder} has no end-of-sequence token (eos_token in tokenizer_config.json); "
+            "completions could never end: set tokenizer.eos_token and save it again"
+        )
+
+
+def check_critic_folder(folder: Path) -> None:
+    """Raise ConfigError unless `folder` holds a language model, or a reward model with one label."""
+    key = _CRITIC
+    _check_files(key, folder, f"set {key} to a reward model's, a critic's or a policy's folder, or leave it empty to start from the policy")
+    own = _read(folder / "config.json", "save_pretrained")
+    architecture = next(iter(own.get("architectures") or ["?"]))
+    num_labels = len(own.get("id2label") or {0: 0, 1: 1})  # transformers leaves two labels, its default, out of the file
+    if architecture.endswith("ForSequenceClassification") and num_labels != 1:
+        raise ConfigError(f"{key} {folder} must score a text with one label, got {num_labels}; train it with num_labels=1")
+
+
+def check_same_vocabulary(critic_folder: Path, policy_folder: Path) -> None:
+    """Raise ConfigError unless critic and policy read as many tokens."""
+    own, policy = (_read(folder / "config.json", "save_pretrained") for folder in (critic_folder, policy_folder))
+    sizes = [settings.get("vocab_size") for settings in (own, policy)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{_CRITIC} {critic_folder} reads another vocabulary ({sizes[0]} tokens) than the policy ({sizes[1]}); "
+            "a critic reads the policy's own tokens: train it on the same tokenizer"
+        )
+
+
+def _check_files(key: str, folder: Path, remedy: str) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{key} must be a folder with a Hugging Face model, got {folder}, which does not exist; {remedy}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{key} {folder} holds no config.json; {remedy}")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{key} {folder} holds no *.safetensors weights; {remedy}")
+
+
+def _read(file: Path, writer: str) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}; save it again with {writer}") from None
