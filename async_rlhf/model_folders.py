@@ -13,6 +13,9 @@ def check_model_folder(folder: Path) -> None:
     """Raise ConfigError unless `folder` holds a Hugging Face model whose tokenizer has an end-of-sequence token."""
     remedy = "set model.path to a folder made by save_pretrained, or leave it empty for the task's own start"
     _check_files("model.path", folder, remedy)
+    architecture = _architecture(_read(folder / "config.json", "save_pretrained"))
+    if architecture.endswith("ForSequenceClassification"):
+        raise ConfigError(f"model.path must hold a language model, got {architecture}, which has no language-model head; {remedy}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
         raise ConfigError(f"model.path {folder} holds no tokenizer; save it there with tokenizer.save_pretrained")
     file = folder / "tokenizer_config.json"
@@ -29,9 +32,8 @@ def check_critic_folder(folder: Path) -> None:
     key = _CRITIC
     _check_files(key, folder, f"set {key} to a reward model's, a critic's or a policy's folder, or leave it empty to start from the policy")
     own = _read(folder / "config.json", "save_pretrained")
-    architecture = next(iter(own.get("architectures") or ["?"]))
     num_labels = len(own.get("id2label") or {0: 0, 1: 1})  # transformers leaves two labels, its default, out of the file
-    if architecture.endswith("ForSequenceClassification") and num_labels != 1:
+    if _architecture(own).endswith("ForSequenceClassification") and num_labels != 1:
         raise ConfigError(f"{key} {folder} must score a text with one label, got {num_labels}; train it with num_labels=1")
 
 
@@ -44,6 +46,10 @@ def check_same_vocabulary(critic_folder: Path, policy_folder: Path) -> None:
             f"{_CRITIC} {critic_folder} reads another vocabulary ({sizes[0]} tokens) than the policy ({sizes[1]}); "
             "a critic reads the policy's own tokens: train it on the same tokenizer"
         )
+
+
+def _architecture(settings: dict[str, Any]) -> str:
+    return str(next(iter(settings.get("architectures") or ["?"])))
 
 
 def _check_files(key: str, folder: Path, remedy: str) -> None:

@@ -22,7 +22,7 @@ MAX_LOGITS_BYTES = 256 << 20
 
 
 class CompletionScorer(nn.Module):
-    """A causal language model that answers with log-probabilities instead of logits.
+    """A causal language model that answers with log-probabilities instead of logits; it takes the model over.
 
     The head is applied to completion positions only, in chunks: neither logits of the prompts nor all of the completions'
     are ever in memory.
@@ -154,6 +154,8 @@ def _packed_causal(
     """transformers' attention interface: [1, H, L, D] in, [1, L, H, D] out."""
     layout = settings.get("packed_layout")
     assert layout is not None and attention_mask is None, "a model loaded for packed batching got a padded microbatch"
+    ignored = [name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None]
+    assert not ignored, f"packed attention does not know this model's {', '.join(ignored)}; set learner.batching=padded"
     window = settings.get("sliding_window")
     assert window is None or layout.longest <= window, (
         f"a sequence of {layout.longest} tokens exceeds the model's sliding window of {window}; set learner.batching=padded"

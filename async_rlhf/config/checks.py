@@ -103,7 +103,7 @@ def _group_contradictions(config: Config) -> Iterator[str]:
 
 def _algorithm_contradictions(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
-    if algorithm.dpo.loss != "sigmoid" and algorithm.dpo.label_smoothing:
+    if algorithm.name == "dpo" and algorithm.dpo.loss != "sigmoid" and algorithm.dpo.label_smoothing:
         yield "algorithm.dpo.label_smoothing belongs to algorithm.dpo.loss sigmoid; set it to 0 or choose sigmoid"
     if algorithm.name != "ppo" and algorithm.ppo.critic != CriticConfig():
         yield (

@@ -89,9 +89,7 @@ def train(
         await ranks.all("switch", config, max_logits_bytes)
         reports: list[StepReport] = []
         for update in range(num_updates):
-            shards = shard_batch(
-                make_batch(update), num_ranks=len(ranks.actors), num_minibatches=config.algorithm.minibatches_per_batch
-            )
+            shards = shard_batch(make_batch(update), num_ranks=len(ranks.actors), num_minibatches=config.algorithm.minibatches_per_batch)
             of_ranks = await ranks.group.train_step(update, shards)
             assert all(report.metrics == of_ranks[0].metrics for report in of_ranks), "metrics must be global"
             reports.append(of_ranks[0])

@@ -1,5 +1,7 @@
 """The driver's books: rows, state and idle shares."""
 
+from dataclasses import replace
+
 import pytest
 
 from actors.accounts import Accounts
@@ -7,6 +9,7 @@ from actors.engine_loop import EngineUsage
 from actors.pipeline import UpdateRecord
 from async_rlhf.config import load_config
 from async_rlhf.metrics import METRICS, summarize
+from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import state_from_json
 from async_rlhf.tickets import QueueCounters
 from async_rlhf.types import Batch, InstallReport, StepReport
@@ -130,6 +133,19 @@ def test_counts_add_up_over_updates():
     assert state.queue == {"leased": 2, "scoring": 1, "waiting": 3, "taken": 0, "trained": 3}
     assert state.actors == {"generator-0.0": "installed version 1", "generator-1.0": "installed version 0"}
     assert accounts.dropped == {"tied": 4, "last_batch": 2, "refused_duplicate": 1}
+
+
+def test_the_state_holds_the_moments_of_the_scores_of_the_last_batch():
+    accounts = make_accounts("g")
+    assert accounts.state("starting").score_moments == ScoreMoments()
+
+    for update, moments in enumerate((ScoreMoments(count=6, mean=0.5), ScoreMoments(count=12, mean=0.25, recent=(1.0,)))):
+        record = make_record(update, busy={"g": usage(0.1)})
+        accounts.add(replace(record, summary=replace(record.summary, moments=moments)), INSTALLS)
+
+        state = accounts.state("training")
+        assert state.score_moments == moments
+        assert state_from_json(state.to_json()) == state
 
 
 def test_a_best_reward_below_zero_is_kept():

@@ -16,8 +16,10 @@ from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.checks import check_config
 from async_rlhf.config.load import CONF_FOLDER, known_keys, split_arguments
 from async_rlhf.errors import ConfigError
+from tests.support.settings import load, refusal, with_value
 
-NUMBERS = (int, float)
+OPTIONAL = float | None
+NUMBERS = (int, float, OPTIONAL)
 
 
 def leaves(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -33,22 +35,6 @@ FIELDS = dict(leaves())
 NUMERIC = {key: item for key, item in FIELDS.items() if item.type in NUMBERS}
 SECTIONS = {key.rsplit(".", depth)[0] for key in FIELDS for depth in range(1, key.count(".") + 1)}
 LIMITS = [(key, name, limit) for key, item in NUMERIC.items() for name, limit in item.metadata.items()]
-
-
-def load(*overrides: str) -> Config:
-    return load_config(overrides=overrides).config
-
-
-def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(*overrides)
-    return str(caught.value)
-
-
-def with_value(section: Any, key: str, value: Any) -> Any:
-    """A copy of the config (or section) with one setting changed, unchecked."""
-    head, _, rest = key.partition(".")
-    return dataclasses.replace(section, **{head: with_value(getattr(section, head), rest, value) if rest else value})
 
 
 def refused_range(key: str, value: float) -> bool:
@@ -71,17 +57,20 @@ def test_every_number_has_a_lower_and_an_upper_limit(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", FIELDS)
-def test_every_setting_is_text_a_choice_a_switch_or_a_number(key: str) -> None:
-    """An optional or union field would slip through the ranges, which go by the declared type."""
+def test_every_setting_is_text_a_choice_a_switch_a_number_or_an_optional_one(key: str) -> None:
+    """Any other optional or union field would slip through the ranges, which go by the declared type."""
     kind = FIELDS[key].type
     assert kind in (*NUMBERS, bool, str, dict[str, str]) or getattr(kind, "__origin__", None) is not None
-    assert "None" not in str(kind)
+    assert kind == OPTIONAL or "None" not in str(kind)
 
 
 def test_defaults_are_inside_their_ranges_and_do_not_contradict() -> None:
     assert load() == Config()
     for key, item in NUMERIC.items():
         limits, default = item.metadata, item.default
+        if default is None:
+            assert item.type == OPTIONAL, key
+            continue
         assert limits.get("ge", -math.inf) <= default <= limits.get("le", math.inf), key
         assert default != limits.get("gt"), key
         assert default != limits.get("lt"), key
@@ -102,7 +91,7 @@ def test_limit_itself_is_in_or_out_as_declared_and_the_next_value_is_out(key: st
     assert refused_range(key, first_bad)
 
 
-@pytest.mark.parametrize("key", [key for key, item in NUMERIC.items() if item.type is float])
+@pytest.mark.parametrize("key", [key for key, item in NUMERIC.items() if item.type is not int])
 def test_no_number_may_be_infinite_or_not_a_number(key: str) -> None:
     assert all(refused_range(key, value) for value in (math.nan, math.inf, -math.inf))
 
@@ -171,12 +160,49 @@ def test_every_setting_of_the_schema_is_known_once() -> None:
 # Types
 
 
+def wrong_values(key: str) -> tuple[str, ...]:
+    """Of the wrong type, each in YAML."""
+    kind = FIELDS[key].type
+    if kind == OPTIONAL:
+        return ("banana", "true", "[1, 2]", "")
+    return ("[1, 2]", "null") if kind is bool else ("banana", "null")
+
+
 @pytest.mark.parametrize("key", [key for key, item in FIELDS.items() if item.type is not str and key != "env"])
 def test_wrong_type_is_refused_with_key_and_value(key: str) -> None:
-    for value in ("[1, 2]", "null") if FIELDS[key].type is bool else ("banana", "null"):
+    for value in wrong_values(key):
         message = refusal(f"{key}={value}")
         assert message.startswith(f"{key}: got ")
         assert f"(in {key}={value})" in message
+
+
+OPTIONAL_KEYS = [key for key, item in FIELDS.items() if item.type == OPTIONAL]
+
+
+def test_penalties_for_cut_completions_are_the_optional_numbers() -> None:
+    assert OPTIONAL_KEYS == ["reward.missing_eos_penalty", "reward.missing_eos_percentile"]
+
+
+@pytest.mark.parametrize("key", OPTIONAL_KEYS)
+def test_optional_number_takes_null_and_any_notation_of_a_number(key: str, tmp_path: Path) -> None:
+    def value_of(config: Config) -> float | None:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    assert value_of(Config()) is None
+    assert value_of(load(f"{key}=2")) == value_of(load(f"{key}=0.2e1")) == value_of(load(f"{key}=2.0")) == 2.0
+    assert value_of(load(f"{key}=0")) == 0.0
+    assert value_of(load(f"{key}=2", f"{key}=null")) is None
+    section, name = key.split(".")
+    assert value_of(load_config([write(tmp_path, f"{section}: {{{name}: 1e1}}")]).config) == 10.0
+    assert value_of(load_config([write(tmp_path, f"{section}: {{{name}: null}}")], [f"{section}.normalize=true"]).config) is None
+
+
+def test_wrong_type_for_an_optional_number_is_refused_as_no_number() -> None:
+    assert refusal("reward.missing_eos_penalty=banana") == (
+        "reward.missing_eos_penalty: got 'banana' (in reward.missing_eos_penalty=banana): "
+        "Value 'banana' of type 'str' could not be converted to Float"
+    )
 
 
 @pytest.mark.parametrize("key", [key for key, item in NUMERIC.items() if item.type is int])
@@ -232,63 +258,6 @@ def test_placeholders_that_lead_nowhere_are_refused(override: str) -> None:
     assert override.partition("=")[0] in refusal(override)
 
 
-# Contradictions
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["completions_per_prompt=1"], ["completions_per_prompt must be >= 2, got 1", "set completions_per_prompt=2"]),
-        (["generator.max_inflight=3", "completions_per_prompt=4"], ["generator.max_inflight (3)", "completions_per_prompt (4)"]),
-        (["algorithm.dpo.loss=ipo", "algorithm.dpo.label_smoothing=0.1"], ["set it to 0 or choose sigmoid"]),
-        (
-            ["batch_groups=10", "learner.num_ranks=4"],
-            ["batch_groups (10) must be divisible by learner.num_ranks (4)", "nearest: batch_groups=8"],
-        ),
-        (["batch_groups=1", "learner.num_ranks=4"], ["nearest: batch_groups=4"]),
-        (["batch_groups=6", "learner.num_ranks=2", "algorithm.minibatches_per_batch=2"], ["(2 x 2)", "nearest: batch_groups=8"]),
-        (["learner.precision=bfloat16"], ["learner.zero_stage 1, 2 or 3", "set zero_stage=1"]),
-        (["deterministic=true"], ["needs max_staleness 0 and queue.order ticket", "got max_staleness 1 and queue.order ready"]),
-        (["deterministic=true", "max_staleness=0"], ["queue.order ready"]),
-        (["run.name=../up"], ["letters, digits", "'../up'"]),
-        (["run.name="], ["run.name must be", "''"]),
-        (["generator.max_new_tokens=512"], ["max_new_tokens (512)", "max_model_len (512)", "raise max_model_len"]),
-        (["model.num_heads=5"], ["model.hidden_size (128) must be a multiple of model.num_heads (5)"]),
-    ],
-)
-def test_settings_that_contradict_are_refused_with_both_values_and_a_remedy(overrides: list[str], words: list[str]) -> None:
-    message = refusal(*overrides)
-    assert [word for word in words if word not in message] == []
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["deterministic=true", "max_staleness=0", "queue.order=ticket"],
-        ["learner.precision=bfloat16", "learner.zero_stage=1"],
-        ["batch_groups=8", "learner.num_ranks=2", "algorithm.minibatches_per_batch=4"],
-        ["updates=1"],
-        ["model.num_heads=5", "model.path=/some/model"],
-        ["algorithm.name=rloo", "algorithm.dpo.loss=ipo", "algorithm.dpo.label_smoothing=0.1"],
-    ],
-)
-def test_neighbours_of_a_contradiction_are_accepted(overrides: list[str]) -> None:
-    check_config(load(*overrides))
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(size=st.integers(1, 300), ranks=st.integers(1, 16), parts=st.integers(1, 8))
-def test_nearest_batch_size_that_is_offered_is_accepted(size: int, ranks: int, parts: int) -> None:
-    assume(size % (ranks * parts))
-    config = with_value(with_value(Config(), "learner.num_ranks", ranks), "algorithm.minibatches_per_batch", parts)
-    for _ in range(2):  # first the ranks, then ranks x minibatches
-        try:
-            check_config(with_value(config, "batch_groups", size))
-        except ConfigError as error:
-            size = int(str(error).rpartition("nearest: batch_groups=")[2])
-    check_config(with_value(config, "batch_groups", size))
-
-
 # Sources
 
 
@@ -340,9 +309,9 @@ def test_group_file_is_merged_where_it_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("algorithm=roo", ["known: dpo, rloo", "did you mean 'rloo'?"]),
+        ("algorithm=roo", ["known: bok, dpo, grpo, listwise, ppo, rloo", "did you mean 'rloo'?"]),
         ("cluster=moon", ["known: laptop"]),
-        ("algorithm=../task/arithmetic", ["known: dpo, rloo"]),
+        ("algorithm=../task/arithmetic", ["known: bok, dpo, grpo, listwise, ppo, rloo"]),
     ],
 )
 def test_unknown_group_file_is_refused_with_the_known_ones(override: str, words: list[str]) -> None:
@@ -389,14 +358,18 @@ def test_words_of_the_command_line_are_files_or_overrides() -> None:
     text=st.sampled_from(["1e5", "007", "on", "null", "a", "2026-11-22"]),
     value=st.text(st.characters(codec="ascii", exclude_characters="$"), max_size=12),
     eager=st.booleans(),
+    penalty=st.none() | st.floats(-1e30, 1e30),
 )
 def test_config_written_as_yaml_loads_as_the_same_config(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, rate: float, text: str, value: str, eager: bool
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rate: float, text: str, value: str, eager: bool, penalty: float | None
 ) -> None:
     learner = dataclasses.replace(Config().learner, learning_rate=rate)
     generator = dataclasses.replace(Config().generator, enforce_eager=eager)
     run = dataclasses.replace(Config().run, name=text)
-    config = dataclasses.replace(Config(), seed=seed, learner=learner, generator=generator, run=run, env={"X": value, "Y": text})
+    reward = dataclasses.replace(Config().reward, missing_eos_penalty=penalty)
+    config = dataclasses.replace(
+        Config(), seed=seed, learner=learner, generator=generator, run=run, reward=reward, env={"X": value, "Y": text}
+    )
     file = tmp_path_factory.mktemp("config") / "resolved.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config([file]).config == config

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from async_rlhf import errors, tickets, types
+from async_rlhf.metrics import BatchSummary
+from async_rlhf.scores import ScoreMoments
 
 
 def classes_of(module: ModuleType) -> list[type]:
@@ -20,6 +22,7 @@ def classes_of(module: ModuleType) -> list[type]:
 
 
 MESSAGES = [item for module in (types, tickets) for item in classes_of(module) if dataclasses.is_dataclass(item)]
+MESSAGES += [BatchSummary, ScoreMoments]
 MEMBERS = [member for module in (types, tickets) for item in classes_of(module) if issubclass(item, enum.Enum) for member in item]
 ERRORS = classes_of(errors)
 
@@ -140,6 +143,6 @@ def test_one_old_token_decides_the_age_of_its_whole_group() -> None:
     assert batch.groups[0].group.num_tokens == 3 + 5
 
 
-@pytest.mark.parametrize(("scores", "tied"), [([0.5, 0.5, 0.5], True), ([0.5, 0.5, 0.25], False), ([1.0], True)])
-def test_group_is_tied_when_all_its_scores_are_equal(scores: list[float], tied: bool) -> None:
+@pytest.mark.parametrize(("scores", "tied"), [([0.5, 0.5, 0.5], True), ([0.5, 0.5], True), ([0.5, 0.5, 0.25], False), ([1.0], False)])
+def test_group_is_tied_when_it_has_several_scores_and_all_are_equal(scores: list[float], tied: bool) -> None:
     assert make_scored(scores, *[make_rollout(span(0, 0, 1))] * len(scores)).tied is tied

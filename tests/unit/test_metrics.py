@@ -1,10 +1,17 @@
 """What a batch looks like in numbers, and how numbers of several steps become one."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from async_rlhf.losses.base import Mean, kl_metrics, mean_of
+from async_rlhf.losses.correction import Ratios, correction_metrics, mismatch_metrics
 from async_rlhf.metrics import METRICS, derive, over_steps, summarize
 from async_rlhf.types import Batch, FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, VersionSpan
 from tests.support.samples import make_scored, make_ticket
@@ -115,6 +122,12 @@ def test_steps_are_averaged_but_of_the_learning_rate_the_last_counts():
     assert over_steps(steps) == {"train/loss": 1.5, "train/learning_rate": 1e-4}
 
 
+def test_of_a_peak_the_largest_step_counts():
+    steps = [{"mismatch/ratio_max": 1.5, "mismatch/ratio_mean": 1.0}, {"mismatch/ratio_max": 7.0, "mismatch/ratio_mean": 2.0}]
+
+    assert over_steps([*steps, {"mismatch/ratio_max": 3.0}]) == {"mismatch/ratio_max": 7.0, "mismatch/ratio_mean": 1.5}
+
+
 def test_a_step_without_a_key_does_not_count_for_it():
     """A minibatch of ties alone has no pair, so no margin; a zero in its place would be a lie."""
     assert over_steps([{"train/loss": 0.0}, {"train/loss": 2.0, "dpo/margin": 0.4}]) == {"train/loss": 1.0, "dpo/margin": 0.4}
@@ -130,6 +143,101 @@ def test_derive_keeps_what_it_is_given():
 
     assert derive(means) == means | {"correction/ess_share": 0.5}
     assert derive({"train/loss": 3.0}) == {"train/loss": 3.0}
+
+
+# Effective sample size.
+
+
+def test_effective_sample_sizes_by_hand():
+    """C = 1, 3: mean 2, mean square (1 + 9) / 2 = 5, share 4 / 5. w = 1, 2: mean 1.5, mean square 2.5, share 2.25 / 2.5."""
+    means = {"mismatch/ratio_mean": 2.0, "mismatch/ratio_square": 5.0, "correction/weight": 1.5, "correction/weight_square": 2.5}
+
+    assert derive(means) == means | {"mismatch/ess_share": pytest.approx(0.8), "correction/ess_share": pytest.approx(0.9)}
+
+
+def test_weights_that_are_all_zero_have_no_effective_sample():
+    """`masked` can refuse every completion of a minibatch."""
+    assert derive({"correction/weight": 0.0, "correction/weight_square": 0.0})["correction/ess_share"] == 0.0
+
+
+def value(mean: Mean) -> float:
+    return float(mean.total / mean.weight)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.just(0.0) | st.floats(2**-10, 20.0, width=32), st.booleans()), min_size=1, max_size=12))
+def test_the_share_of_the_correction_is_the_effective_sample_size_of_its_weights(entries: list[tuple[float, bool]]):
+    """(sum w)^2 / (n sum w^2) over the entries that count."""
+    weights, mask = (torch.tensor(column) for column in zip(*entries, strict=True))
+    counted = weights[mask].double().numpy()
+    assume(counted.any())
+
+    share = derive({key: value(mean) for key, mean in correction_metrics(Ratios(weights, weights, mask)).items()})["correction/ess_share"]
+
+    assert share == pytest.approx(counted.sum() ** 2 / (len(counted) * (counted**2).sum()), rel=1e-4)
+
+
+def test_the_share_of_the_mismatch_is_the_effective_sample_size_of_whole_completions():
+    """log C = .5 + .5 = 1 and -1, the third token masked: C = e and 1 / e, largest e."""
+    proximal = torch.tensor([[-1.0, -1.0, -9.0], [-2.0, -1.0, -1.0]])
+    behavior = torch.tensor([[-1.5, -1.5, -1.0], [-1.5, -1.0, -0.5]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+
+    found = mismatch_metrics(proximal, behavior, mask)
+    means = {key: value(part) for key, part in found.items() if isinstance(part, Mean)}
+
+    c = np.exp([1.0, -1.0])
+    assert derive(means)["mismatch/ess_share"] == pytest.approx(c.sum() ** 2 / (2 * (c**2).sum()), rel=1e-6)
+    assert means["mismatch/ratio_mean"] == pytest.approx(c.mean(), rel=1e-6)
+    peak = found["mismatch/ratio_max"]
+    assert not isinstance(peak, Mean) and float(peak.value) == pytest.approx(np.e, rel=1e-6)
+
+
+# Declarations.
+
+
+def test_a_metric_is_reduced_by_its_maximum_exactly_where_losses_report_a_peak():
+    ones, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    ratios = Ratios(ones, ones, mask)
+
+    found = mismatch_metrics(ones, ones, mask) | correction_metrics(ratios) | kl_metrics("policy/kl", ones, ones, mask)
+    found["policy/entropy_nats"] = mean_of(ones, mask)
+
+    peaks = {key for key, part in found.items() if not isinstance(part, Mean)}
+    assert peaks == {key for key, metric in METRICS.items() if metric.reduction == "max"}
+    assert set(found) <= set(METRICS)
+
+
+STAGES = {key.partition("/")[0] for key in METRICS}
+
+
+def metric_keys_in(file: Path) -> set[str]:
+    """String constants that look like `stage/quantity`, whole ones only: the pieces of f-strings are left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in pieces]
+    words = {text for text in texts if isinstance(text, str) and text.count("/") == 1 and text.replace("/", "").isidentifier()}
+    return {word for word in words if word.partition("/")[0] in STAGES}
+
+
+def test_every_key_that_the_source_names_is_declared():
+    root = Path(__file__).resolve().parents[2]
+    files = [file for package in ("async_rlhf", "actors", "learners") for file in sorted((root / package).rglob("*.py"))]
+
+    named = {key for file in files if file.name != "metrics.py" for key in metric_keys_in(file)}
+
+    prefixes = {"mismatch/kl", "policy/kl"}  # kl_metrics adds `_k1_nats` and `_k3_nats`
+    assert named - set(METRICS) == prefixes
+    assert {"value/return_mean", "dpo/margin", "correction/weight", "queue/wait_s"} <= named
+
+
+def test_the_keys_that_are_put_together_are_declared():
+    """loss, grad_norm and learning_rate of the policy under `train`, of the critic under `value`."""
+    for stage in ("train", "value"):
+        for quantity in ("loss", "grad_norm", "learning_rate"):
+            assert METRICS[f"{stage}/{quantity}"].reduction == ("last" if quantity == "learning_rate" else "mean")
+    for name in ("mismatch/kl", "policy/kl"):
+        assert {f"{name}_k1_nats", f"{name}_k3_nats"} <= set(METRICS)
 
 
 def test_keys_are_stage_slash_quantity_and_every_one_says_what_it_means():

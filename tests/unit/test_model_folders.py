@@ -68,6 +68,14 @@ def test_tokenizers_of_other_kinds_are_accepted(tmp_path: Path, name: str) -> No
     assert check_model_folder(folder) is None
 
 
+def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+    """transformers would give it a random head, and say nothing that anybody sees."""
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}', encoding="ascii")
+    with pytest.raises(ConfigError, match="must hold a language model, got LlamaForSequenceClassification"):
+        check_model_folder(folder)
+
+
 # The critic's folder.
 
 

@@ -10,6 +10,7 @@ from async_rlhf.config import load_config
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.recorder import Recorder, make_run_folder, read_rows, write_samples, write_summary
+from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState, read_state, state_from_json, write_atomically
 
 STATE = TrainingState(
@@ -27,6 +28,7 @@ STATE = TrainingState(
     staleness_max=1,
     weights_version=3,
     queue={"leased": 4, "waiting": 2},
+    score_moments=ScoreMoments(count=48, mean=1 / 3, sum_squares=0.1, recent=(0.5, -1.25, 1e-7)),
     actors={"generator-0.0": "installed version 3"},
     updated_at=1.5e9,
 )
@@ -94,7 +96,10 @@ def test_metrics_go_to_tensorboard_under_their_version_and_plain_fields_do_not(t
 
 
 def test_state_comes_back_from_json_as_it_was():
-    assert state_from_json(STATE.to_json()) == STATE
+    back = state_from_json(STATE.to_json())
+
+    assert back == STATE
+    assert isinstance(back.score_moments, ScoreMoments) and isinstance(back.score_moments.recent, tuple)
 
 
 def test_state_is_read_from_the_run_folder(tmp_path: Path):
