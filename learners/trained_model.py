@@ -39,8 +39,8 @@ class TrainedModel:
     def rows(self, units: Sequence[Unit]) -> list[list[np.ndarray]]:
         """Per unit and sequence: [T] float32, what the model says of each completion token now."""
         results: dict[int, list[np.ndarray]] = {}
-        for share, microbatch in self._microbatches(units):
-            values = iter(self._forward(microbatch.to(self.device))[0].cpu().numpy())
+        for share in self._shares(units):
+            values = iter(self._forward(self._collate(units, share))[0].cpu().numpy())
             for index in share:
                 results[index] = [next(values)[: len(sequence.completion_ids)] for sequence in units[index]]
         return [results[index] for index in range(len(units))]
@@ -58,12 +58,13 @@ class TrainedModel:
         learning_rate = float(self.engine.get_lr()[0])
         parts: dict[str, Mean | Peak] = {}
         loss_sum, grad_norm = 0.0, None
-        microbatches = self._microbatches(units)
-        for index, (share, microbatch) in enumerate(microbatches):
-            last = index == len(microbatches) - 1
+        shares = self._shares(units)
+        for index, share in enumerate(shares):
+            last = index == len(shares) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            output = self._forward(microbatch.to(self.device))
-            of_share = loss(output, microbatch.to(self.device)) if share else LossOutput(output[0].sum() * 0.0, {})
+            microbatch = self._collate(units, share)
+            output = self._forward(microbatch)
+            of_share = loss(output, microbatch) if share else LossOutput(output[0].sum() * 0.0, {})
             loss_sum += float(of_share.loss.detach())
             # DeepSpeed averages gradients over ranks; ours are shares of one global loss, to be summed.
             self.engine.backward(of_share.loss * dist.get_world_size())
@@ -82,13 +83,15 @@ class TrainedModel:
             )
         return metrics
 
-    def _microbatches(self, units: Sequence[Unit]) -> list[tuple[list[int], Microbatch]]:
-        """(indices of the units, microbatch) of this rank's forwards; as many on every rank, the last ones of nothing.
+    def _shares(self, units: Sequence[Unit]) -> list[list[int]]:
+        """Indices of the units of each forward; as many forwards on every rank, the last ones of nothing.
 
         Under ZeRO-3 every forward gathers parameters from all ranks, so each rank must run as many of them.
         """
-        batching = self._settings.batching
-        shares = split_units(units, self._settings.max_tokens_per_microbatch, batching)
+        shares = split_units(units, self._settings.max_tokens_per_microbatch, self._settings.batching)
         num_forwards = max(1, int(max_over_ranks(torch.tensor([len(shares)]), self.device)[0]))
-        own = [(share, collate([units[index] for index in share], batching)) for share in shares]
-        return own + [([], empty_microbatch(batching))] * (num_forwards - len(own))
+        return shares + [[]] * (num_forwards - len(shares))
+
+    def _collate(self, units: Sequence[Unit], share: Sequence[int]) -> Microbatch:
+        batching = self._settings.batching
+        return (collate([units[index] for index in share], batching) if share else empty_microbatch(batching)).to(self.device)
