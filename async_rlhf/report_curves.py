@@ -28,6 +28,8 @@ DRAWABLE = 1e30
 MAX_LINEAR_RATIO = 8.0
 """Two lines whose largest values lie further apart than this share a logarithmic axis."""
 SIZE_INCHES = (4.9, 2.3)
+AXES = (0.17, 0.2, 0.81, 0.75)
+"""Left, bottom, width and height in the figure: fixed, because a layout found by trial draws everything twice."""
 
 # matplotlib writes these; the page's style sheet gives each its colour in light and in dark mode.
 COLOURS = {"first": "#010101", "second": "#020202", "muted": "#030303", "grid": "#040404"}
@@ -117,8 +119,8 @@ def _svg(curve: Curve, drawn: Mapping[str, Values], versions: Values, bound: int
     text = io.StringIO()
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "async-rlhf", "font.size": 8.5, "axes.formatter.limits": (-3, 5)}
     with rc_context(settings):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=SIZE_INCHES)
+        axes = figure.add_axes(AXES)
         for line in curve.lines:
             if line.key in drawn:
                 _plot(axes, curve, line, versions, drawn[line.key])
