@@ -8,7 +8,7 @@ import torch
 
 from async_rlhf.batching import Batching, TrainingSequence, collate, split_units
 from async_rlhf.config import Config
-from async_rlhf.policy import CompletionScorer, load_policy, score_microbatch
+from async_rlhf.policy import make_scorer, score_microbatch
 from async_rlhf.types import RolloutGroup
 
 
@@ -20,7 +20,8 @@ class ReferencePolicy:
         self._max_tokens = config.learner.max_tokens_per_microbatch
         self._batching: Batching = config.learner.batching
         self._device = torch.device("cuda" if config.scorer.num_gpus and torch.cuda.is_available() else "cpu")
-        self._scorer = CompletionScorer(load_policy(model_folder, batching=self._batching)).eval().to(self._device)
+        scorer = make_scorer(model_folder, torch.float32, self._batching, config.generator.max_model_len)
+        self._scorer = scorer.eval().to(self._device)
 
     @torch.inference_mode()
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:

@@ -168,14 +168,16 @@ def collate(units: Sequence[Unit], batching: Batching) -> Microbatch:
     )
 
 
-def text_microbatch(token_ids: Sequence[int], batching: Batching) -> Microbatch:
+def text_sequence(token_ids: Sequence[int]) -> TrainingSequence:
     """One text, every token of it but the first to be scored."""
     ids = np.array(token_ids, dtype=np.int32)
     nothing = np.zeros(len(ids) - 1, dtype=np.float32)
-    sequence = TrainingSequence(
-        prompt_ids=ids[:1], completion_ids=ids[1:], behavior_logprobs=nothing, reference_logprobs=nothing, score=0.0
-    )
-    return collate([(sequence,)], batching)
+    return TrainingSequence(prompt_ids=ids[:1], completion_ids=ids[1:], behavior_logprobs=nothing, reference_logprobs=nothing, score=0.0)
+
+
+def text_microbatch(token_ids: Sequence[int], batching: Batching) -> Microbatch:
+    """The text_sequence alone."""
+    return collate([(text_sequence(token_ids),)], batching)
 
 
 def empty_microbatch(batching: Batching) -> Microbatch:

@@ -1,7 +1,7 @@
 """Every metric, declared once: its key, how it is reduced over microbatches and ranks, and what it means.
 
 Keys are `stage/quantity_unit`. The learner reduces `mean` metrics as sums and weights over the whole minibatch, never as
-averages of averages.
+averages of averages; over the optimizer steps of an update they are a plain mean.
 """
 
 import zlib

@@ -29,19 +29,20 @@ def check_model_folder(folder: Path) -> None:
 
 def check_critic_folder(folder: Path) -> None:
     """Raise ConfigError unless `folder` holds a language model, or a reward model with one label."""
-    key = _CRITIC
-    _check_files(key, folder, f"set {key} to a reward model's, a critic's or a policy's folder, or leave it empty to start from the policy")
+    _check_files(
+        _CRITIC, folder, f"set {_CRITIC} to a reward model's, a critic's or a policy's folder, or leave it empty to start from the policy"
+    )
     own = _read(folder / "config.json", "save_pretrained")
     num_labels = len(own.get("id2label") or {0: 0, 1: 1})  # transformers leaves two labels, its default, out of the file
     if _architecture(own).endswith("ForSequenceClassification") and num_labels != 1:
-        raise ConfigError(f"{key} {folder} must score a text with one label, got {num_labels}; train it with num_labels=1")
+        raise ConfigError(f"{_CRITIC} {folder} must score a text with one label, got {num_labels}; train it with num_labels=1")
 
 
-def check_same_vocabulary(critic_folder: Path, policy_folder: Path) -> None:
-    """Raise ConfigError unless critic and policy read as many tokens."""
+def check_critic_vocabulary(critic_folder: Path, policy_folder: Path) -> None:
+    """Raise ConfigError unless the critic reads all of the policy's tokens; it may know more (a padding token, for instance)."""
     own, policy = (_read(folder / "config.json", "save_pretrained") for folder in (critic_folder, policy_folder))
-    sizes = [settings.get("vocab_size") for settings in (own, policy)]
-    if sizes[0] != sizes[1]:
+    sizes = [int(settings.get("vocab_size") or 0) for settings in (own, policy)]
+    if sizes[0] < sizes[1]:
         raise ConfigError(
             f"{_CRITIC} {critic_folder} reads another vocabulary ({sizes[0]} tokens) than the policy ({sizes[1]}); "
             "a critic reads the policy's own tokens: train it on the same tokenizer"
@@ -63,6 +64,9 @@ def _check_files(key: str, folder: Path, remedy: str) -> None:
 
 def _read(file: Path, writer: str) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}; save it again with {writer}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} must hold a JSON object, got {type(settings).__name__}; save it again with {writer}")
+    return cast(dict[str, Any], settings)

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
+from async_rlhf.backbone import ATTENTION, check_backbone, check_head, completion_states
 from async_rlhf.batching import Batching, Microbatch
-from async_rlhf.packing import packed_attention
-
-ATTENTION = {"packed": "packed_causal", "padded": "sdpa"}
-"""The name, within transformers, of the attention that each kind of batching needs."""
+from async_rlhf.errors import ConfigError
 
 MAX_LOGITS_BYTES = 256 << 20
-"""Logits in memory at once; more completion tokens than fit go through the head in chunks, recomputed in the backward pass."""
+"""Size of one chunk's logits in float32; more completion tokens go through the head in several, recomputed in the backward pass."""
+
+VALUE_HEAD = "score.weight"
+"""What a critic has and a policy has not."""
 
 
 class CompletionScorer(nn.Module):
@@ -45,7 +46,7 @@ class CompletionScorer(nn.Module):
             [N, T] log-probability of each completion token in nats (float32, carries the gradient; 0 where masked),
             [N, T] entropy of the distribution it was drawn from, in nats, without gradient; 0 where masked.
         """
-        hidden, ids = _completion_states(self.model, microbatch), microbatch.completion_ids[microbatch.loss_mask]
+        hidden, ids = completion_states(self.model, microbatch), microbatch.completion_ids[microbatch.loss_mask]
         logprobs, entropy = cast(Any, self.model.get_output_embeddings())(hidden, ids, temperature, self._chunk_tokens)
         return _in_place(logprobs, microbatch.loss_mask), _in_place(entropy, microbatch.loss_mask)
 
@@ -59,29 +60,56 @@ class ValueScorer(nn.Module):
 
     def forward(self, microbatch: Microbatch) -> tuple[Tensor]:
         """[N, T] value of the state before each completion token (float32, carries the gradient; 0 where masked)."""
-        hidden = _completion_states(self.model, microbatch)
+        hidden = completion_states(self.model, microbatch)
         return (_in_place(cast(Any, self.model).score(hidden).float().squeeze(-1), microbatch.loss_mask),)
 
 
+def make_scorer(folder: Path, dtype: torch.dtype, batching: Batching, max_model_len: int) -> CompletionScorer:
+    """The policy of a Hugging Face folder, proven to score as its own logits do.
+
+    Args:
+        max_model_len: tokens of the longest sequence that it will see.
+    Raises:
+        ConfigError: the folder, or the architecture with this batching, does not do.
+    """
+    model = load_policy(folder, dtype, batching)
+    check_backbone(model, batching, max_model_len)
+    check_head(model, batching)
+    return CompletionScorer(model)
+
+
+def make_value_scorer(folder: Path, dtype: torch.dtype, batching: Batching, max_model_len: int) -> ValueScorer:
+    """The critic of a Hugging Face folder; see make_scorer."""
+    model = load_critic(folder, dtype, batching)
+    check_backbone(model, batching, max_model_len)
+    return ValueScorer(model)
+
+
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32, batching: Batching = "padded") -> PreTrainedModel:
-    """The causal language model of a Hugging Face folder, in `dtype`, for microbatches of this batching."""
-    return _load(AutoModelForCausalLM, folder, dtype, batching)
+    """The causal language model of a Hugging Face folder, in `dtype`, for microbatches of this batching.
 
-
-def load_critic(folder: Path, dtype: torch.dtype = torch.float32, batching: Batching = "padded") -> PreTrainedModel:
-    """The critic of a Hugging Face folder: a reward model or critic as it is, or a policy with a value head of zeros."""
-    model = _load(AutoModelForSequenceClassification, folder, dtype, batching, num_labels=1)
-    if not has_value_head(folder):
-        nn.init.zeros_(cast(Any, model).score.weight)
+    Raises:
+        ConfigError: weights are missing in the folder.
+    """
+    model, missing = _load(AutoModelForCausalLM, folder, dtype, batching)
+    _refuse_missing(folder, missing)
     return model
 
 
-def has_value_head(folder: Path) -> bool:
-    """The folder holds a sequence-classification model, not a language model."""
-    from transformers import AutoConfig
+def load_critic(folder: Path, dtype: torch.dtype = torch.float32, batching: Batching = "padded") -> PreTrainedModel:
+    """The critic of a Hugging Face folder: a reward model or critic as it is, or a policy with a value head of zeros.
 
-    names = cast(list[str], AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [])
-    return any(name.endswith("ForSequenceClassification") for name in names)
+    Raises:
+        ConfigError: weights are missing in the folder, or there is no critic of this architecture.
+    """
+    try:
+        model, missing = _load(AutoModelForSequenceClassification, folder, dtype, batching, num_labels=1)
+    except ValueError as error:
+        raise ConfigError(f"no critic can be made of {folder}: {error}; choose an algorithm without one, for instance rloo") from None
+    _refuse_missing(folder, missing - {VALUE_HEAD})
+    if VALUE_HEAD in missing:
+        nn.init.zeros_(cast(Any, model).score.weight)
+    return model
 
 
 def score_microbatch(scorer: nn.Module, microbatch: Microbatch, temperature: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -89,39 +117,32 @@ def score_microbatch(scorer: nn.Module, microbatch: Microbatch, temperature: flo
     return cast(tuple[Tensor, Tensor], scorer(microbatch.to(device), temperature))
 
 
-def _load(auto: Any, folder: Path, dtype: torch.dtype, batching: Batching, **settings: int) -> PreTrainedModel:
+def _load(auto: Any, folder: Path, dtype: torch.dtype, batching: Batching, **settings: int) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of parameters that the folder lacks: transformers fills them with random numbers."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a policy has no value head, and load_critic knows
+    logging.set_verbosity_error()  # what it would say of missing weights, the caller says
     try:
-        return cast(
-            PreTrainedModel,
-            auto.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=ATTENTION[batching],
-                trust_remote_code=False,
-                use_safetensors=True,
-                **settings,
-            ),
+        model, found = auto.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION[batching],
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
         )
     finally:
         logging.set_verbosity(verbosity)
+    return cast(PreTrainedModel, model), set(cast(list[str], found["missing_keys"]))
 
 
-def _completion_states(model: PreTrainedModel, microbatch: Microbatch) -> Tensor:
-    """[M, H] last hidden state before each of the M completion tokens, row by row."""
-    packed = {} if microbatch.layout is None else {"packed_layout": microbatch.layout}
-    hidden: Tensor = (
-        cast(Any, model.base_model)(
-            input_ids=microbatch.input_ids,
-            position_ids=microbatch.position_ids,
-            attention_mask=microbatch.attention_mask,
-            use_cache=False,
-            **packed,
+def _refuse_missing(folder: Path, missing: set[str]) -> None:
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} of the model's weights, for instance {min(missing)}; they would be random numbers: save the "
+            "whole model with save_pretrained"
         )
-    ).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, microbatch.predicted_from[microbatch.loss_mask])
 
 
 def _score_in_chunks(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +150,7 @@ def _score_in_chunks(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: 
     if len(ids) <= chunk_tokens:
         return _score_tokens(head, hidden, ids, temperature)
     chunks = [
-        cast(tuple[Tensor, Tensor], checkpoint(_score_tokens, head, *chunk, temperature, use_reentrant=False))
+        cast(tuple[Tensor, Tensor], checkpoint(_score_tokens, head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False))
         for chunk in zip(hidden.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     ]
     logprobs, entropy = zip(*chunks, strict=True)
@@ -146,21 +167,3 @@ def _score_tokens(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: flo
 def _in_place(values: Tensor, loss_mask: Tensor) -> Tensor:
     """[N, T] with the M values where the mask is true, row by row, and 0 elsewhere."""
     return values.new_zeros(loss_mask.shape).masked_scatter(loss_mask, values)
-
-
-def _packed_causal(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, H, L, D] in, [1, L, H, D] out."""
-    layout = settings.get("packed_layout")
-    assert layout is not None and attention_mask is None, "a model loaded for packed batching got a padded microbatch"
-    ignored = [name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None]
-    assert not ignored, f"packed attention does not know this model's {', '.join(ignored)}; set learner.batching=padded"
-    window = settings.get("sliding_window")
-    assert window is None or layout.longest <= window, (
-        f"a sequence of {layout.longest} tokens exceeds the model's sliding window of {window}; set learner.batching=padded"
-    )
-    return packed_attention(query[0], key[0], value[0], layout, settings.get("scaling"))[None], None
-
-
-AttentionInterface.register(ATTENTION["packed"], _packed_causal)

@@ -95,6 +95,11 @@ class RolloutGroup:
         return sum(len(rollout.completion_ids) for rollout in self.rollouts)
 
     @property
+    def num_sequence_tokens(self) -> int:
+        """Tokens of all K sequences, the prompt counted with each."""
+        return self.num_tokens + len(self.rollouts) * len(self.ticket.prompt.token_ids)
+
+    @property
     def oldest_version(self) -> int:
         """The version of the group's oldest token: it decides the group's staleness."""
         return min(rollout.oldest_version for rollout in self.rollouts)
@@ -111,11 +116,14 @@ class ScoredGroup:
     """K arrays [T] float32: natural-log probability of each token under the frozen start, at the sampling temperature."""
     completions: tuple[str, ...]
     """K decoded completions, special tokens removed: what the reward function saw."""
+    judged_scores: np.ndarray | None = None
+    """[K] the scores before a batch shaped them (scores.py); None: nothing did."""
 
     @property
     def tied(self) -> bool:
-        """Several completions, all of the same score: no preference among them, and no gradient from comparing them."""
-        return len(self.scores) > 1 and bool(np.all(self.scores == self.scores[0]))
+        """Several completions, all of the same score before shaping: no preference among them, and none is made of one."""
+        judged = self.scores if self.judged_scores is None else self.judged_scores
+        return len(judged) > 1 and bool(np.all(judged == judged[0]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from async_rlhf.batching import Unit
 from async_rlhf.config import Config
-from async_rlhf.policy import ValueScorer, load_critic
+from async_rlhf.policy import make_value_scorer
 from learners.collective import sum_over_ranks
 from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals, ValueObjective
@@ -22,8 +22,9 @@ class Critic:
     def __init__(self, config: Config, policy_folder: Path, objective: ValueObjective) -> None:
         """Start from `algorithm.ppo.critic.path`, or from the policy with a value head of zeros."""
         own, settings = config.algorithm.ppo.critic, config.learner
-        model = load_critic(Path(own.path) if own.path else policy_folder, DTYPES[settings.precision], settings.batching)
-        engine = make_engine(ValueScorer(model), settings, own.learning_rate, config.optimizer_steps)
+        folder = Path(own.path) if own.path else policy_folder
+        scorer = make_value_scorer(folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
+        engine = make_engine(scorer, settings, own.learning_rate, config.optimizer_steps)
         self._model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate")
         self._objective = objective
 

@@ -13,7 +13,7 @@ from async_rlhf.config import Config
 from async_rlhf.losses.base import LossOutput, Mean, Peak, kl_metrics, mean_of
 from async_rlhf.losses.correction import mismatch_metrics
 from async_rlhf.metrics import derive, over_steps
-from async_rlhf.policy import CompletionScorer, load_policy, score_microbatch
+from async_rlhf.policy import make_scorer, score_microbatch
 from async_rlhf.snapshot import choose_canary, score_canary
 from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
 from learners.algorithms import make_objective
@@ -34,12 +34,12 @@ class Learner:
         self._folder = model_folder
         self._objective = make_objective(config)
         settings = config.learner
-        model = load_policy(model_folder, DTYPES[settings.precision], settings.batching)
-        engine = make_engine(CompletionScorer(model), settings, settings.learning_rate, config.optimizer_steps)
+        scorer = make_scorer(model_folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
+        engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
         self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate")
         self._critic = None if self._objective.critic is None else Critic(config, model_folder, self._objective.critic)
         self._optimizer_steps = 0
-        self._canary_ids = choose_canary(int(model.config.vocab_size))
+        self._canary_ids = choose_canary(int(scorer.model.config.vocab_size))
 
     def train_step(self, update: int, minibatches: Sequence[Sequence[ScoredGroup]]) -> StepReport:
         """Update `update`: every epoch and minibatch of this rank's shard.

@@ -33,6 +33,8 @@ def _lines(section: Any, prefix: str = "", indent: str = "") -> Iterator[tuple[s
 
 
 def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -19,7 +19,7 @@ from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.errors import ConfigError, RewardError
-from async_rlhf.model_folders import check_critic_folder, check_model_folder, check_same_vocabulary
+from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.progress import Progress
 from async_rlhf.recorder import Recorder, make_run_folder, write_samples, write_summary
 from async_rlhf.report import write_report
@@ -60,7 +60,7 @@ def run_train(config: Config, console: Console) -> int:
     else:
         model_folder = run_sft(config, None, console)
     if config.algorithm.ppo.critic.path:
-        check_same_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
+        check_critic_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     with Progress(console, config.updates) as progress, closing(Recorder(folder)) as recorder:

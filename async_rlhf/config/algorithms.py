@@ -31,7 +31,7 @@ class PPOConfig:
     value_clip_range: float = number(0.2, gt=0.0, le=1e6)
     """How far a value may move from its old one before its gradient stops, in score."""
     vf_coef: float = number(0.1, gt=0.0, le=100.0)
-    """Factor of the critic's loss."""
+    """Factor of the critic's loss. The critic has an optimizer of its own, so it counts against max_grad_norm only; tune its rate."""
     gamma: float = number(1.0, gt=0.0, le=1.0)
     gae_lambda: float = number(0.95, ge=0.0, le=1.0)
     whiten_advantages: bool = True

@@ -26,11 +26,16 @@ def check_config(config: Config) -> None:
 
 def warnings_of(config: Config) -> list[str]:
     """Settings that are allowed, and that most users do not want."""
+    warnings: list[str] = []
     if config.algorithm.corrects and config.algorithm.correction == "none" and config.max_staleness > 0:
-        return [
+        warnings.append(
             "algorithm.correction none trains stale data as if the current policy had sampled it: an ablation; truncated is the default"
-        ]
-    return []
+        )
+    if config.reward.normalize and config.algorithm.name in ("dpo", "bok", "listwise"):
+        warnings.append(f"reward.normalize changes nothing for {config.algorithm.name}, which looks at the order of the scores alone")
+    if config.queue.max_replacements_per_batch >= 0 and config.queue.ties != "replace" and config.max_replacements_per_batch == 0:
+        warnings.append("queue.max_replacements_per_batch changes nothing: tied groups are kept; set queue.ties=replace to replace them")
+    return warnings
 
 
 def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float, dict[str, float]]]:

@@ -7,9 +7,6 @@ from async_rlhf.losses.base import LossOutput, mean_of, require_same_shape
 from async_rlhf.losses.clipping import clipped_surrogate
 from async_rlhf.losses.correction import Correction, corrected_ratios
 
-STD_EPSILON = 1e-8
-"""Keeps the whitening of equal advantages finite."""
-
 
 def token_rewards(scores: Tensor, proximal_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor, *, kl_coef: float) -> Tensor:
     """r_t = -kl_coef (proximal - reference)_t, plus the completion's score on its last unmasked token.
@@ -53,8 +50,11 @@ def generalized_advantages(rewards: Tensor, values: Tensor, loss_mask: Tensor, *
 
 
 def whiten(advantages: Tensor, loss_mask: Tensor, *, mean: float, std: float) -> Tensor:
-    """(A - mean) / std where the mask is true, else 0; both moments counted over the global batch's tokens."""
-    whitened = (advantages - mean) / (std + STD_EPSILON)
+    """(A - mean) / std where the mask is true, else 0; both moments counted over the global batch's tokens.
+
+    All 0 where std is 0: what is left of equal advantages is rounding, which must not be blown up.
+    """
+    whitened = (advantages - mean) / std if std > 0 else torch.zeros_like(advantages)
     return torch.where(loss_mask, whitened, torch.zeros_like(whitened))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from async_rlhf.errors import ConfigError
-from async_rlhf.model_folders import check_critic_folder, check_model_folder, check_same_vocabulary
+from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 
 
 def write_model_folder(folder: Path) -> Path:
@@ -97,7 +97,7 @@ def write_critic(folder: Path, **settings: object) -> Path:
 def test_a_policy_and_a_reward_model_with_one_label_can_start_a_critic(tmp_path: Path, settings: dict[str, object]) -> None:
     folder = write_critic(tmp_path / "critic", **settings)
     assert check_critic_folder(folder) is None
-    assert check_same_vocabulary(folder, write_critic(tmp_path / "policy")) is None
+    assert check_critic_vocabulary(folder, write_critic(tmp_path / "policy")) is None
 
 
 @pytest.mark.parametrize("labels", [{}, {"id2label": {"0": "bad", "1": "good", "2": "?"}}])
@@ -111,7 +111,7 @@ def test_a_classifier_of_several_labels_is_no_critic(tmp_path: Path, labels: dic
 def test_a_critic_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     critic, policy = write_critic(tmp_path / "critic"), write_critic(tmp_path / "policy", vocab_size=24)
     with pytest.raises(ConfigError, match=r"reads another vocabulary \(20 tokens\) than the policy \(24\).*same tokenizer"):
-        check_same_vocabulary(critic, policy)
+        check_critic_vocabulary(critic, policy)
 
 
 def test_a_missing_or_damaged_critic_folder_is_named_with_its_setting(tmp_path: Path) -> None:
