@@ -105,7 +105,8 @@ def load_critic(folder: Path, dtype: torch.dtype = torch.float32, batching: Batc
     try:
         model, missing = _load(AutoModelForSequenceClassification, folder, dtype, batching, num_labels=1)
     except ValueError as error:
-        raise ConfigError(f"no critic can be made of {folder}: {error}; choose an algorithm without one, for instance rloo") from None
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"no critic can be made of {folder}: {why}; choose an algorithm without one, for instance rloo") from None
     _refuse_missing(folder, missing - {VALUE_HEAD})
     if VALUE_HEAD in missing:
         nn.init.zeros_(cast(Any, model).score.weight)

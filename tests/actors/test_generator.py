@@ -227,7 +227,7 @@ def test_after_an_install_the_policy_of_the_new_version_samples(folder: Path):
     assert tokens_of(old) != tokens_of(new)
 
 
-def test_a_snapshot_is_copied_into_the_engine_and_not_shared_with_it(folder: Path):
+def test_known_mistake_4_a_snapshot_is_copied_into_the_engine_and_not_shared_with_it(folder: Path):
     weights = weights_of(tiny_policy(2), 1)
     before = {name: array.copy() for name, array in weights.tensors.items()}
     with generating(folder) as generator:

@@ -340,7 +340,7 @@ def test_a_generator_that_waits_for_tickets_is_not_silent(quick_polls: None):
 
 
 @pytest.mark.parametrize("where", ["scorer", "generator"])
-def test_an_error_of_an_actor_ends_the_loop_as_it_is(where: str):
+def test_known_mistake_10_an_actors_error_ends_the_loop_as_it_is_and_nobody_waits_on(where: str):
     class FailingGenerator(FakeGenerator):
         async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
             raise EngineError("out of memory")

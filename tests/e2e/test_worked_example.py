@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 def test_the_algorithm_of_the_page_passes_its_tests_and_trains(tmp_path: Path) -> None:
     copy = apply_page(CHECKOUT / "docs" / "adding-an-algorithm.md", tmp_path / "copy")
     env = {**environment(), "PYTHONPATH": str(copy)}
-    tests = ("tests/unit/test_rebel_loss.py", "tests/unit/test_loss_invariances.py", "-k", "rebel", "-q", "-p", "no:cacheprovider")
+    named = ("rebel_loss", "loss_invariances", "config", "config_contradictions", "metrics", "architecture")
+    tests = (*(f"tests/unit/test_{name}.py" for name in named), "-q", "-p", "no:cacheprovider")
     words = ("train", "conf/quickstart.yaml", "algorithm=rebel", "updates=4", f"run.dir={tmp_path / 'run'}")
 
     checked = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=copy, env=env, capture_output=True, text=True, timeout=200)

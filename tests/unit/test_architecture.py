@@ -202,3 +202,11 @@ def test_python_files_are_ascii() -> None:
 def test_no_file_at_the_root_shadows_a_module() -> None:
     modules = {Path(file.parts[0]).stem for file in repository_files() if len(file.parts) == 1 or file.suffix == ".py"}
     assert modules & (sys.stdlib_module_names | {"ray", "vllm", "deepspeed", "torch", "transformers"}) == set()
+
+
+def test_known_mistake_13_no_engine_or_scorer_knows_whether_training_is_synchronous() -> None:
+    """max_staleness 0 is the same code on the same engine: who samples, scores or trains cannot tell the difference."""
+    knowing = {file.as_posix() for file in FILES if "max_staleness" in (ROOT / file).read_text(encoding="utf-8")}
+
+    assert not {name for name in knowing if name.startswith(("learners/", "actors/engine", "actors/generator", "actors/scorer"))}
+    assert knowing & {"async_rlhf/staleness.py"}, "the search finds nothing any more"

@@ -22,7 +22,7 @@ def choices(section: Any, key: str) -> tuple[str, ...]:
 ALGORITHMS = choices(AlgorithmConfig, "name")
 CORRECTIONS = choices(AlgorithmConfig, "correction")
 CORRECTED = ("ppo", "rloo", "grpo")
-UNCORRECTED = ("dpo", "bok", "listwise")
+UNCORRECTED = tuple(name for name in ALGORITHMS if name not in CORRECTED)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,20 @@ def test_nothing_else_is_warned_of(name: str) -> None:
         assert warnings_of(load(f"algorithm={name}", "algorithm.correction=none", "max_staleness=0")) == []
         for correction in ("behavior", "truncated", "masked", "decoupled"):
             assert warnings_of(load(f"algorithm={name}", f"algorithm.correction={correction}", "max_staleness=4")) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algorithm=dpo", "reward.normalize=true"], "reward.normalize changes nothing for dpo"),
+        (["algorithm=bok", "reward.normalize=true"], "reward.normalize changes nothing for bok"),
+        (["queue.ties=keep", "queue.max_replacements_per_batch=5"], "queue.max_replacements_per_batch changes nothing"),
+        (["algorithm=ppo", "queue.max_replacements_per_batch=5"], "set queue.ties=replace"),
+    ],
+)
+def test_a_setting_without_effect_is_warned_of(overrides: list[str], words: str) -> None:
+    (warning,) = warnings_of(load(*overrides))
+    assert words in warning
 
 
 # Scores and ties.

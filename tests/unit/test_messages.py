@@ -4,9 +4,8 @@ import dataclasses
 import enum
 import inspect
 import pickle
-import typing
 from collections.abc import Mapping
-from types import ModuleType
+from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -39,7 +38,7 @@ def example(hint: Any, count: int = 0) -> Any:
         return tuple(example(arguments[0], count + i) for i in range(2))
     if origin in (Mapping, dict):
         return {example(arguments[0], count): example(arguments[1], count)}
-    if origin in (Union, typing.Union):
+    if origin in (Union, UnionType):
         return example(arguments[0], count)
     simple = {int: count, float: count + 0.5, str: f"text {count}", bool: True, np.ndarray: np.arange(count, count + 3, dtype=np.float32)}
     assert hint in simple, f"no example for {hint!r}: teach it to test_messages.example"

@@ -336,11 +336,6 @@ def test_sequences_within_a_sliding_window_score_packed_as_they_do_padded():
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
 
 
-def test_a_sequence_longer_than_a_sliding_window_is_refused_in_a_pack_with_the_remedy():
-    with pytest.raises(AssertionError, match=r"a sequence of 10 tokens exceeds .* window of 9; set learner\.batching=padded"):
-        score(windowed(9, "packed"), make_sequences([(3, 2), (5, 5)]), "packed")
-
-
 @batchings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_policy_holds_the_saved_weights_in_the_wanted_dtype(dtype: torch.dtype, batching: Batching, tmp_path: Path):

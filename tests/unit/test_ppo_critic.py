@@ -298,3 +298,16 @@ def test_critics_loss_is_weighted_and_divided_by_tokens(batching: Batching):
     rows = (values.tolist(), microbatch.values.tolist(), microbatch.returns.tolist(), microbatch.loss_mask.tolist())
     assert output.loss.item() == pytest.approx(0.3 * slow_value_loss(*rows, 0.05, 50.0), rel=1e-6)
     assert set(output.metrics) == {"value/mean", "value/clip_share"}
+
+
+def test_advantages_that_differ_by_rounding_alone_are_whitened_to_nothing():
+    """All scores 1000, lambda 1, a critic that knows nothing: every advantage is 1000 but for rounding, and none is better."""
+    units = [
+        tuple(replace(s, score=1000.0, values=(1e-4 * np.arange(len(s.completion_ids))).astype(np.float32)) for s in unit)
+        for unit in arrived_units()
+    ]
+
+    done, metrics = critic_of("kl_coef=0", "gae_lambda=1").estimate(units, alone)
+
+    assert metrics["value/advantage_std"] == 0.0
+    assert not tokens(done, "advantages").any()

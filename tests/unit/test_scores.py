@@ -357,3 +357,15 @@ def test_the_queue_deals_out_shaped_scores_and_reports_raw_ones_with_their_momen
 
 def test_a_summary_without_shaping_has_empty_moments():
     assert summarize(make_batch([1.0, 0.0]), []).moments == ScoreMoments()
+
+
+def test_ties_are_judged_before_a_percentile_shapes_the_scores():
+    """A group of equal scores is not made a preference by the penalty of its cut completion, nor a preference a tie."""
+    tied = cut_some(make_scored(make_ticket(0), scores=(0.0, 0.0)), 1)
+    untied = cut_some(make_scored(make_ticket(1), scores=(1.0, 2.0)), 0, 1)
+    moments = ScoreMoments(count=2, mean=-3.0, recent=(-3.0, -3.0))
+
+    shaped, _ = shape_scores(Batch(update=1, groups=(tied, untied)), moments, MEDIAN)
+
+    assert [scored.scores.tolist() for scored in shaped.groups] == [[0.0, -3.0], [-3.0, -3.0]]
+    assert [scored.tied for scored in shaped.groups] == [True, False]

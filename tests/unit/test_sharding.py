@@ -1,12 +1,14 @@
 """How a batch is dealt out: minibatches first, equal shards, nearly equal tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rlhf.sharding import shard_batch
-from async_rlhf.types import Batch
+from async_rlhf.types import Batch, ScoredGroup
 from tests.support.samples import make_scored, make_ticket
 
 
@@ -79,3 +81,16 @@ def test_groups_of_a_shard_keep_the_order_of_the_batch():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(AssertionError, match="a batch of 10 groups does not split into 2 minibatches on 2 ranks"):
         shard_batch(make_batch(10), num_ranks=2, num_minibatches=2)
+
+
+def test_prompts_count_in_the_balance():
+    """Prompts of 30 and 1 tokens, K = 2, completions of one token: 62 and 4 per group; by completions alone all would be alike."""
+    groups: list[ScoredGroup] = []
+    for index, prompt_tokens in enumerate((30, 30, 1, 1)):
+        ticket = make_ticket(index)
+        prompt = replace(ticket.prompt, token_ids=np.zeros(prompt_tokens, np.int32))
+        groups.append(make_scored(replace(ticket, prompt=prompt), max_tokens=1))
+
+    shards = shard_batch(Batch(update=0, groups=tuple(groups)), num_ranks=2, num_minibatches=1)
+
+    assert [sum(scored.group.num_sequence_tokens for scored in of_rank[0]) for of_rank in shards] == [66, 66]

@@ -284,3 +284,14 @@ def test_ready_batch_waits_when_a_slow_group_is_due_and_never_drops_it() -> None
     batch = buffer.decide()
     assert batch is not None
     assert batch.groups[0].group.ticket == slow
+
+
+def test_known_mistake_3_synchronous_training_samples_every_batch_with_the_version_that_it_trains() -> None:
+    """With eta 0 a generator that skipped one load gets no ticket: there is no batch that is one step off."""
+    buffer = make_buffer(batch_groups=2, max_staleness=0)
+    for update in range(4):
+        assert update == 0 or buffer.grant("skipped a load", update - 1, 2, 0.0) == []
+        tickets = buffer.grant("loaded", update, 2, 0.0)
+        put_all(buffer, tickets, update)
+        batch = buffer.decide()
+        assert batch is not None and batch.staleness == (0, 0)
