@@ -83,17 +83,19 @@ class Learner:
         """Write the policy, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""
         model = model_of(self._policy.engine)
         weights = full_state_dict(model, keep=dist.get_rank() == 0)
-        tokenizer = AutoTokenizer.from_pretrained(self._folder)
         if dist.get_rank() == 0:
             model.generation_config = GenerationConfig.from_model_config(model.config)
             model.generation_config.update(do_sample=True, temperature=self._config.generator.temperature)
             model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            self._save_tokenizer(folder)
         if self._critic is not None:
             critic_folder = folder.with_name(f"{folder.name}-critic")
             self._critic.save_pretrained(critic_folder)
             if dist.get_rank() == 0:
-                tokenizer.save_pretrained(critic_folder)
+                self._save_tokenizer(critic_folder)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        AutoTokenizer.from_pretrained(self._folder).save_pretrained(folder)
 
     def _prepare(self, units: list[list[Unit]]) -> tuple[list[list[Unit]], list[dict[str, float]]]:
         """What is computed once, when the batch arrives: `proximal` where it will differ from the policy, the critic's advantages."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.command import rows_of, run_cli, run_until, summary_of
+from tests.support.command import ray_processes, rows_of, run_cli, run_until, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -84,17 +84,22 @@ def test_deterministic_runs_give_bit_equal_losses_and_two_generators_the_same_pr
 
 
 def test_ctrl_c_ends_a_run_cleanly_and_status_reads_it_while_it_lives(tmp_path: Path) -> None:
-    folder, answers = tmp_path / "run", []
+    folder, answers, alive = tmp_path / "run", [], set[int]()
+
+    def look() -> None:
+        alive.update(ray_processes())
+        answers.append(run_cli("status", str(folder)))
 
     done = run_until(
         *("train", QUICKSTART, f"run.dir={folder}", "updates=500", "generator.engine=transformers", "batch_groups=16"),
         seen=lambda output: "update 2/" in output,
-        between=lambda: answers.append(run_cli("status", str(folder))),
+        between=look,
         signum=signal.SIGINT,
         log=tmp_path / "log",
     )
 
     assert done.code == 130, done.output
+    assert len(alive) > 6, "the search for processes left behind must find those of a living run"
     assert "the live TrainingState actor" in answers[0].output, answers[0].output
     summary = summary_of(folder)
     assert summary["exit"] == "interrupted" and summary["updates"] >= 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+MARK = "ASYNC_RLHF_TESTED_BY"
+"""Environment variable that every process of a tested command inherits: whose it is, on a machine with other runs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def command(*words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """The environment without any trace of a Ray session."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**env, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+    return {**env, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", MARK: str(os.getpid())}
 
 
 def run_cli(*words: str, timeout_s: float = 240) -> Finished:
@@ -70,13 +73,15 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def ray_processes() -> set[int]:
-    """Ids of all processes that belong to some Ray session, or are an engine of one."""
+    """Ids of all processes of these tests' Ray sessions and engines."""
     marks = ("raylet", "gcs_server", "ray::", "EngineCore", "default_worker.py")
     found: set[int] = set()
     for process in psutil.process_iter(["pid", "cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
         if any(mark in line for mark in marks) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.add(process.info["pid"])
+            with suppress(psutil.Error):  # it ended just now, or is another user's
+                if process.environ().get(MARK) == str(os.getpid()):
+                    found.add(process.pid)
     return found
 
 
