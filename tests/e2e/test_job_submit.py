@@ -37,8 +37,13 @@ class Head:
     def submit(self, *words: str) -> Finished:
         """`ray job submit ... -- python -m async_rlhf WORDS`, followed to its end."""
         line = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", "python", "-m", "async_rlhf", *words]
-        done = subprocess.run(line, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
-        return Finished(done.returncode, done.stdout + done.stderr)
+        ends = time.monotonic() + 90
+        while True:
+            done = subprocess.run(line, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
+            # The dashboard answers before the head's job agent has come up; nothing was submitted then.
+            if "No available agent" not in done.stderr or time.monotonic() > ends:
+                return Finished(done.returncode, done.stdout + done.stderr)
+            time.sleep(2)
 
 
 def answers(url: str) -> bool:
@@ -59,12 +64,13 @@ def head() -> Iterator[Head]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     env = {**environment(), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     del env["PYTHONPATH"]
     line = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    line += [f"--temp-dir={folder}", "--object-store-memory=300000000"]
+    # The agent takes the jobs, and has one port for the whole machine unless it is told another.
+    line += [f"--temp-dir={folder}", "--object-store-memory=300000000", f"--dashboard-agent-listen-port={agent}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
