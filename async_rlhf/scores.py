@@ -49,7 +49,10 @@ def shape_scores(batch: Batch, moments: ScoreMoments, settings: RewardConfig) ->
     raw = np.concatenate([scored.scores for scored in batch.groups]).astype(np.float64)
     penalised = [_penalised(scored, moments.recent, settings.missing_eos_percentile) for scored in batch.groups]
     shaped = [_normalised(scores, moments) if settings.normalize else scores for scores in penalised]
-    groups = tuple(replace(scored, scores=scores, judged_scores=scored.scores) for scored, scores in zip(batch.groups, shaped, strict=True))
+    groups = tuple(
+        scored if scores is scored.scores else replace(scored, scores=scores, judged_scores=scored.scores)
+        for scored, scores in zip(batch.groups, shaped, strict=True)
+    )
     recent = () if settings.missing_eos_percentile is None else (*moments.recent, *raw.tolist())[-MAX_RECENT:]
     return replace(batch, groups=groups), replace(_with_scores(moments, np.concatenate(penalised)), recent=recent)
 
