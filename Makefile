@@ -16,8 +16,10 @@ lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-bench: setup           ## Everything that is timed
+bench: setup           ## Everything that is timed, or takes long (about an hour)
 	$(PY) benchmarks/startup.py
+	$(PY) benchmarks/bias.py
+	$(PY) benchmarks/learning.py
 
 setup: $(STAMP)        ## The virtual environment with everything in it
 
