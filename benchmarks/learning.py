@@ -18,7 +18,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SETTINGS = {
-    "dpo": ["updates=240"],
+    "dpo": ["updates=320"],
     "ppo": ["updates=200", "learner.learning_rate=6e-4"],
     "rloo": ["updates=200", "learner.learning_rate=6e-4"],
     # Groups of 8: half as many, so that an update sees as many completions as those of the others.
