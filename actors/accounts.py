@@ -9,7 +9,6 @@ from actors.engine_loop import EngineUsage
 from async_rlhf.config import Config
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
-from async_rlhf.types import InstallReport
 
 if TYPE_CHECKING:
     from actors.pipeline import UpdateRecord
@@ -23,6 +22,9 @@ class Accounts:
 
     config: Config
     run_id: str
+    session: int = 0
+    earlier_s: float = 0.0
+    """Of earlier drivers, from the first ticket on."""
     started_s: float = field(default_factory=time.perf_counter)
     last_s: float = field(default_factory=time.perf_counter)
     updates: int = 0
@@ -40,16 +42,32 @@ class Accounts:
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     score_moments: ScoreMoments = field(default_factory=ScoreMoments)
     health: Mapping[str, str] = field(default_factory=dict[str, str])
+    restarts: Mapping[str, int] = field(default_factory=dict[str, int])
+    checkpoint: int | None = None
 
     def begin(self, usage: Mapping[str, EngineUsage]) -> None:
         """The first ticket is about to go out: shares and rates count from here."""
         self.started_s = self.last_s = time.perf_counter()
         self.first_usage = self.last_usage = dict(usage)
 
-    def add(self, record: "UpdateRecord", installs: Mapping[str, InstallReport]) -> Row:
-        """Book one update; returns its row."""
-        now = time.perf_counter()
-        row = self._row(record, installs, elapsed_s=max(now - self.last_s, 1e-9), now=now)
+    def restore(self, state: TrainingState) -> None:
+        """Go back, or ahead, to what was booked at `state`; the clock goes on."""
+        self.updates = state.version
+        self.optimizer_steps = state.optimizer_steps
+        self.prompts, self.completions, self.tokens = state.prompts, state.completions, state.tokens
+        self.staleness_max = state.staleness_max
+        self.reward_mean, self.best_reward_mean = state.reward_mean, state.best_reward_mean
+        self.score_moments = state.score_moments
+
+    def add(self, record: "UpdateRecord", restarts: Mapping[str, int]) -> Row:
+        """Book one update; returns its row.
+
+        Args:
+            restarts: of each part of the crew, so far.
+        """
+        now, installs = time.perf_counter(), record.installs
+        self.restarts = dict(restarts)
+        row = self._row(record, elapsed_s=max(now - self.last_s, 1e-9), now=now)
         summary, report, counters = record.summary, record.reports[0], record.counters
         self.updates += 1
         self.optimizer_steps = report.optimizer_steps
@@ -88,6 +106,10 @@ class Accounts:
             reward_mean=self.reward_mean,
             best_reward_mean=self.best_reward_mean,
             staleness_max=self.staleness_max,
+            elapsed_s=self.elapsed_s,
+            session=self.session,
+            restarts=dict(self.restarts),
+            checkpoint=self.checkpoint,
             weights_version=self.updates,
             queue=dict(self.queue),
             score_moments=self.score_moments,
@@ -96,23 +118,28 @@ class Accounts:
         )
 
     @property
+    def elapsed_s(self) -> float:
+        """From the first ticket to the last update, over all drivers."""
+        return self.earlier_s + self.last_s - self.started_s
+
+    @property
     def generator_idle_share(self) -> float:
         """Share of the time from the first ticket to the last update that the generators did not spend in engine steps."""
-        return _idle(self.first_usage, self.last_usage, self.last_s - self.started_s)
+        return _idle(self.first_usage, self.last_usage, (self.last_s - self.started_s) * self.config.generator.count)
 
     @property
     def learner_idle_share(self) -> float:
         """Share of the same time in which the learner did not train."""
         return _clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
 
-    def _row(self, record: "UpdateRecord", installs: Mapping[str, InstallReport], *, elapsed_s: float, now: float) -> Row:
-        summary, report = record.summary, record.reports[0]
+    def _row(self, record: "UpdateRecord", *, elapsed_s: float, now: float) -> Row:
+        summary, report, installs = record.summary, record.reports[0], record.installs
         steps_per_update = report.optimizer_steps / (self.updates + 1)
         return {
             "update": summary.update,
             "version": report.version,
             "optimizer_steps": report.optimizer_steps,
-            "time_s": now - self.started_s,
+            "time_s": self.earlier_s + now - self.started_s,
             **summary.metrics,
             **report.metrics,
             "queue/staleness_optimizer_steps_mean": summary.metrics["queue/staleness_mean"] * steps_per_update,
@@ -122,10 +149,11 @@ class Accounts:
             "train/tokens_per_s": report.num_tokens / record.train_s,
             "train/idle_share": _clip(1 - record.train_s / elapsed_s),
             "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
-            "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s),
-            "weights/export_s": record.export_s,
+            "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s * self.config.generator.count),
+            "weights/export_s": record.published.export_s,
             "weights/install_s": max((install.install_s for install in installs.values()), default=0.0),
             "weights/canary_error_nats": max((install.canary_error for install in installs.values()), default=0.0),
+            "supervision/restarts": sum(self.restarts.values()),
         }
 
 
@@ -133,9 +161,10 @@ def _tokens(usage: Mapping[str, EngineUsage]) -> int:
     return sum(of_one.num_tokens for of_one in usage.values())
 
 
-def _idle(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage], elapsed_s: float) -> float:
-    busy_s = sum(after[name].busy_s - before[name].busy_s for name in after)
-    return _clip(1 - busy_s / max(elapsed_s * len(after), 1e-9))
+def _idle(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage], engine_s: float) -> float:
+    """Share of `engine_s`, seconds of all engines together, in which they did not step."""
+    busy_s = sum(usage.busy_s for usage in after.values()) - sum(usage.busy_s for usage in before.values())
+    return _clip(1 - busy_s / max(engine_s, 1e-9))
 
 
 def _clip(share: float) -> float:

@@ -15,15 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.remote import RemoteActor, kill, last_line, within
+from actors.remote import CONTROL_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
 from async_rlhf.errors import ConfigError, RunError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+HEAD_PROBE_S = 5.0
+"""Between two looks at Ray's head; and how long one may take."""
+
+HEAD_SILENCE_S = 30.0
+"""After twice this time without its head, Ray ends this process on the spot, without a word and without a summary."""
 
 ACTOR_ENVIRONMENT = {
     # One thread per process: two processes with two threads each are many times slower than with one (barriers spin).
@@ -48,6 +55,8 @@ class ActorSpec:
     num_gpus: float = 0.0
     max_concurrency: int | None = None
     """Threads of a plain actor; None: one, or Ray's default for one with coroutines."""
+    place: str = ""
+    """Which reserved place it takes; empty: `name`. A restarted actor takes that of the one before."""
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -83,7 +92,7 @@ class Cluster:
         if not placed:
             return
         self._group = placement_group([spec.bundle for spec in placed], strategy="PACK")
-        self._bundles = {spec.name: index for index, spec in enumerate(placed)}
+        self._bundles = {spec.place or spec.name: index for index, spec in enumerate(placed)}
         ends = time.monotonic() + self.place_s
         # In short waits: a thread cannot be cancelled, and Ctrl-C must not wait for it.
         while not await asyncio.to_thread(self._group.wait, 1.0):
@@ -91,6 +100,25 @@ class Cluster:
                 continue
             free = ray.available_resources()
             raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only"))
+
+    async def watch_head(self) -> None:
+        """Look whether Ray's head still takes connections, for as long as it does.
+
+        Raises:
+            RunError: it took none for HEAD_SILENCE_S.
+        """
+        host, _, port = self.address.rpartition(":")
+        silent_s = 0.0
+        while silent_s < HEAD_SILENCE_S:
+            await asyncio.sleep(HEAD_PROBE_S)
+            try:
+                async with asyncio.timeout(HEAD_PROBE_S):
+                    _, writer = await asyncio.open_connection(host, int(port))
+                writer.close()
+                silent_s = 0.0
+            except (OSError, TimeoutError):
+                silent_s += HEAD_PROBE_S
+        raise RunError(f"Ray's head (GCS) at {self.address} has taken no connection for {silent_s:g} s: the cluster is gone")
 
     def object_store_bytes(self) -> float:
         """The smallest object store of any node."""
@@ -107,10 +135,12 @@ class Cluster:
         }
         if spec.max_concurrency is not None:
             options["max_concurrency"] = spec.max_concurrency
-        if spec.name in self._bundles:
+        place = spec.place or spec.name
+        if place in self._bundles:
             assert self._group is not None, "reserve() comes before start()"
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._bundles[spec.name])
-        actor = RemoteActor(ray.remote(spec.cls).options(**options).remote(*spec.args), spec.name)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._bundles[place])
+        remote: Any = ray.remote  # its stubs know no concurrency groups
+        actor = RemoteActor(remote(concurrency_groups={CONTROL_GROUP: 1})(spec.cls).options(**options).remote(*spec.args), spec.name)
         self._actors.append(actor)
         return actor
 
@@ -145,12 +175,17 @@ async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], 
 
     async def construct() -> None:
         try:
-            await actor.handle.__ray_ready__.remote()
+            actor.process = await actor.handle.__ray_call__.remote(_process)
         except Exception as error:
             raise RunError(f"{actor.name} did not start: {last_line(error)}") from error
 
     await within(construct(), edge=f"the start of {actor.name}", timeout_s=timeout_s)
     on_ready(actor.name)
+
+
+def _process(_: Any) -> Process:
+    own = psutil.Process()
+    return Process(node_id=ray.get_runtime_context().get_node_id(), pid=own.pid, started_at=own.create_time())
 
 
 async def first_failure(*awaitables: Awaitable[Any]) -> None:

@@ -7,9 +7,17 @@
 
 | loop    | takes                     | gives                          | waits for                     | unblocked by             |
 |---------|---------------------------|--------------------------------|-------------------------------|--------------------------|
-| produce | tickets from the queue    | scored groups to the queue     | tickets, room in the engine   | installs, decisions,     |
-|         |                           |                                |                               | finished completions     |
+| produce | tickets from the queue,   | scored groups to the queue     | tickets, room in the engine   | installs, decisions,     |
+|         | versions to install       |                                |                               | finished completions     |
 | train   | batches from the queue    | versions to the broadcaster    | B groups that may be a batch  | produce's puts           |
+
+| who dies         | who notices         | what happens                                                                                 |
+|------------------|---------------------|----------------------------------------------------------------------------------------------|
+| generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket       |
+| scorer           | the call that waits | the groups go to another one, one by one if the call held several                            |
+| queue, state,    | the call that waits | a new one goes on from the journal, from state.json, or empty; the call is made again        |
+| broadcaster      |                     |                                                                                              |
+| learner rank     | the train loop      | LearnerLostError: the group starts again from a checkpoint, and trains the same batches again |
 
 Groups and batches travel as object references: they go from process to process and never through this one.
 """
@@ -18,39 +26,62 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.engine_loop import EngineUsage
 from actors.generator import Collected
 from actors.remote import RemoteActor, resolve
-from actors.replay_queue import NextBatch
+from actors.replay_queue import Booked, HolderGone, Installed, NextBatch, ScoringFailed, WithScorer
+from actors.supervision import BROKEN, LOST, Member, Supervisor, guarded
+from actors.weight_broadcaster import Offer, Published
 from async_rlhf.config import Config
-from async_rlhf.errors import DeadlineError
+from async_rlhf.errors import ActorFailedError, DeadlineError, ObjectLostError, RewardError
 from async_rlhf.metrics import BatchSummary
 from async_rlhf.protocols import LearnerClient
 from async_rlhf.tickets import QueueCounters
-from async_rlhf.types import StepReport
+from async_rlhf.types import InstallReport, StepReport, Ticket
+
+T = TypeVar("T")
 
 POLL_S = 5.0
 """How long an actor waits on its side before it answers `nothing yet`: a sign of life at least this often."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Crew:
-    """Who takes part in a run."""
+    """Who takes part in a run, and what the loops share."""
 
-    generators: Mapping[str, RemoteActor]
-    """By incarnation."""
-    scorers: Sequence[RemoteActor]
-    queue: RemoteActor
+    supervisor: Supervisor
+    generators: Sequence[Member]
+    scorers: Sequence[Member]
+    queue: Member
+    broadcaster: Member
     learner: LearnerClient
-    broadcaster: RemoteActor
-    idle_scorers: "asyncio.Queue[RemoteActor]" = field(default_factory=asyncio.Queue)
+    usage: dict[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    """By incarnation, cumulative; the dead ones stay."""
+    installs: dict[str, InstallReport] = field(default_factory=dict[str, InstallReport])
+    """The last one of each living generator, by incarnation."""
+    installed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    """Notified of each install."""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: tickets may be taken."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: the train loop ends after the update that it is at."""
+    published: tuple[int, RemoteActor | None] = (-1, None)
+    """The last version that was published, and the broadcaster that took it."""
+    idle_scorers: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
     """Those of `scorers` that have nothing to do: each scores one call at a time, whichever is free."""
 
     def __post_init__(self) -> None:
         for scorer in self.scorers:
             self.idle_scorers.put_nowait(scorer)
+
+    async def publish(self, version: int, config: Config) -> Published:
+        """Have the learner's version pulled and offered to the generators."""
+        limit = config.timeouts.weights_s + config.timeouts.call_s
+        published = await self.broadcaster.call("publish", version, self.learner.ranks, timeout_s=limit)
+        self.published = version, self.broadcaster.actor
+        return published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +91,19 @@ class UpdateRecord:
     summary: BatchSummary
     reports: Sequence[StepReport]
     """One per rank."""
-    counters: QueueCounters
+    booked: Booked
     wait_s: float
     """The learner's wait for the batch."""
-    export_s: float
+    published: Published
     usage: Mapping[str, EngineUsage]
-    """Per generator, cumulative."""
+    """Per incarnation of a generator, cumulative."""
+    installs: Mapping[str, InstallReport]
+    """The last one of each living generator."""
+
+    @property
+    def counters(self) -> QueueCounters:
+        """The queue's, after the update."""
+        return self.booked.counters
 
     @property
     def train_s(self) -> float:
@@ -75,121 +113,197 @@ class UpdateRecord:
 
 @dataclass
 class _Flow:
-    """What the feeding and the draining half of one produce loop share."""
+    """What the parts of one produce loop share, as long as one generator lives."""
 
     inflight: int = 0
+    installed: int = -1
     closed: bool = False
-    last_sign_s: float = field(default_factory=time.monotonic)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def change(self, by: int, *, closed: bool = False) -> None:
+    async def change(self, by: int = 0, *, installed: int = -1, closed: bool = False) -> None:
         async with self.changed:
             self.inflight += by
+            self.installed = max(installed, self.installed)
             self.closed = self.closed or closed
-            self.last_sign_s = time.monotonic()
             self.changed.notify_all()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, ready: Callable[[], bool]) -> None:
         async with self.changed:
-            await self.changed.wait_for(condition)
+            await self.changed.wait_for(ready)
 
 
-async def produce(name: str, crew: Crew, config: Config, usage: dict[str, EngineUsage]) -> None:
-    """One generator's loop: keep it full of tickets, and pass its finished groups through a scorer into the queue.
+async def produce(generator: Member, crew: Crew, config: Config) -> None:
+    """Keep one generator's place filled and at work, for ever; see the tables above. Scoring outlives the generator that sampled.
 
-    Ends when the queue needs no more tickets and nothing is in flight. Takes: tickets. Gives: scored groups. Waits for: tickets,
-    which installs and decisions bring; room in the engine, which finished completions bring.
+    Raises:
+        RestartLimitError: it keeps failing.
     """
-    flow = _Flow()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_feed(name, crew, config, flow))
-        tasks.create_task(_drain(name, crew, config, flow, usage))
+    async with asyncio.TaskGroup() as scoring:
+        while True:
+            actor, flow = generator.actor, _Flow()
+            work = guarded(_feed(actor, crew, config, flow), _drain(actor, crew, config, flow, scoring))
+            try:
+                await guarded(work, _refresh(actor, crew, config, flow), crew.supervisor.watch(actor))
+            except BROKEN as error:
+                crew.installs.pop(actor.name, None)
+                await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
+                await generator.replace(actor, error)
 
 
-async def train(crew: Crew, config: Config, usage: Mapping[str, EngineUsage], on_update: Callable[[UpdateRecord], Awaitable[None]]) -> int:
-    """The learner's loop: take a batch, train it, publish the new version. Returns the number of updates made.
+async def train(crew: Crew, config: Config, version: int, on_update: Callable[[UpdateRecord], Awaitable[None]]) -> int:
+    """From `version` on: wait for each update's batch, train it, publish the version; returns the version that was reached.
 
-    Takes: batches. Gives: versions. Waits for: B finished groups that may be a batch, which produce brings.
+    Ends early when the prompts run out, or when the crew is stopping.
+    Args:
+        on_update: called with each finished update; awaited before the next.
+    Raises:
+        LearnerLostError: a rank died or froze. DeadlineError: no batch came in time.
     """
-    for update in range(config.updates):
+    while version < config.updates:
         started = time.perf_counter()
-        summary = await _next_batch(update, crew, config)
+        summary = await _next_batch(version, crew, config)
         if summary is None:
-            return update
+            break
         taken = time.perf_counter()
-        shards = [crew.queue.start("take", update, rank) for rank in range(config.learner.num_ranks)]
-        reports = await crew.learner.train_step(update, shards)
-        counters: QueueCounters = await crew.queue.call("trained", update, timeout_s=config.timeouts.call_s)
-        export_s: float = await crew.broadcaster.call("publish", update + 1, timeout_s=config.timeouts.weights_s + config.timeouts.call_s)
-        record = UpdateRecord(
-            summary=summary,
-            reports=reports,
-            counters=counters,
-            wait_s=taken - started,
-            export_s=export_s,
-            usage=dict(usage),
+        limit = config.timeouts.call_s
+        shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
+        reports = await crew.learner.train_step(version, shards)
+        published = await crew.publish(version + 1, config)
+        booked = await crew.queue.call("trained", version, published.digest, published.canary_logprobs, timeout_s=limit)
+        await on_update(
+            UpdateRecord(
+                summary=summary,
+                reports=reports,
+                booked=booked,
+                wait_s=taken - started,
+                published=published,
+                usage=dict(crew.usage),
+                installs=dict(crew.installs),
+            )
         )
-        await on_update(record)
-    return config.updates
+        version += 1
+    return version
 
 
 async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary | None:
-    """The batch's summary, or None when no further batch will come."""
-    ends = time.monotonic() + config.timeouts.batch_s
-    while True:
-        answer: NextBatch = await crew.queue.call("next_batch", update, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+    """The batch's summary, or None when no further batch will come, or none is wanted."""
+    waited_s = 0.0
+    while not crew.stopping.is_set():
+        if crew.published[1] is not crew.broadcaster.actor:
+            await crew.publish(update, config)  # a new broadcaster begins empty, and a new generator waits for its first version
+        asked = time.monotonic()
+        call = crew.queue.call("next_batch", update, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+        answer: NextBatch | None = await _unless(crew.stopping, call)
+        if answer is None:
+            return None
         if answer.summary is not None or answer.closed:
             return answer.summary
-        # A failed install starves the queue; say so now, not at the deadline.
-        await crew.broadcaster.call("reports", timeout_s=config.timeouts.call_s)
-        if time.monotonic() > ends:
+        waited_s += min(POLL_S, time.monotonic() - asked)
+        if waited_s >= config.timeouts.batch_s:
             groups = answer.counters
             raise DeadlineError(
                 f"the learner waited {config.timeouts.batch_s:g} s for batch {update} (timeouts.batch_s); groups leased: "
                 f"{groups.leased}, scoring: {groups.scoring}, waiting: {groups.waiting} of {config.batch_groups}; the generators are "
                 "too slow, or stuck"
             )
+    return None
 
 
-async def _feed(name: str, crew: Crew, config: Config, flow: _Flow) -> None:
+async def _unless(event: asyncio.Event, call: Awaitable[T]) -> T | None:
+    """The answer of `call`, or None as soon as the event is set."""
+    asking, waiting = asyncio.ensure_future(call), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        return asking.result() if asking.done() else None
+    finally:
+        asking.cancel()
+        waiting.cancel()
+
+
+async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
+    """Give the generator tickets whenever it has room; for ever."""
+    await crew.begun.wait()
     capacity = config.batch_groups if config.deterministic else config.groups_inflight
+    request = 0
     while True:
-        await flow.until(lambda: flow.inflight < capacity)
-        wanted = capacity - flow.inflight
-        tickets = await crew.queue.call("tickets", name, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+        await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
+        wanted, request = capacity - flow.inflight, request + 1
+        tickets: list[Ticket] | None = await crew.queue.call(
+            "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
+        )
         if tickets is None:
-            await flow.change(0, closed=True)
-            return
-        if tickets:
-            await crew.generators[name].call("submit", tickets, timeout_s=config.timeouts.call_s)
+            await flow.change(closed=True)
+        elif tickets:
+            await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
             await flow.change(len(tickets))
 
 
-async def _drain(name: str, crew: Crew, config: Config, flow: _Flow, usage: dict[str, EngineUsage]) -> None:
-    async with asyncio.TaskGroup() as scoring:
-        while True:
-            await flow.until(lambda: flow.inflight > 0 or flow.closed)
-            if flow.inflight == 0:
-                return
-            summary_ref, groups_ref = crew.generators[name].start("collect", config.deterministic, POLL_S, num_returns=2)
-            collected: Collected = await resolve(summary_ref, edge=f"{name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
-            usage[name] = collected.usage
-            if collected.tickets:
-                scoring.create_task(_score(collected, groups_ref, crew, config))
-                await flow.change(-len(collected.tickets))
-            elif time.monotonic() - flow.last_sign_s > config.timeouts.generate_s:
-                raise DeadlineError(
-                    f"{name} has {flow.inflight} groups in flight and finished none for {config.timeouts.generate_s:g} s "
-                    "(timeouts.generate_s); it is stuck, or a completion takes longer than that"
-                )
+async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, scoring: asyncio.TaskGroup) -> None:
+    """Take finished groups from the generator and have them scored; for ever."""
+    silent_s = 0.0
+    while True:
+        await flow.until(lambda: flow.inflight > 0)
+        asked = time.monotonic()
+        summary_ref, groups_ref = actor.start("collect", config.deterministic, POLL_S, num_returns=2)
+        collected: Collected = await resolve(summary_ref, edge=f"{actor.name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
+        crew.usage[actor.name] = collected.usage
+        if collected.tickets:
+            scoring.create_task(_score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
+            await flow.change(-len(collected.tickets))
+            silent_s = 0.0
+            continue
+        silent_s += min(POLL_S, time.monotonic() - asked)
+        if silent_s >= config.timeouts.generate_s:
+            raise DeadlineError(
+                f"{actor.name} has {flow.inflight} groups in flight and finished none for {config.timeouts.generate_s:g} s "
+                "(timeouts.generate_s); it is stuck, or a completion takes longer than that"
+            )
 
 
-async def _score(collected: Collected, groups_ref: Any, crew: Crew, config: Config) -> None:
-    await crew.queue.call("scoring", collected.tickets, timeout_s=config.timeouts.call_s)
+async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
+    """Install the newest version on the generator, again and again."""
+    while True:
+        offer: Offer | None = await crew.broadcaster.call("newer_than", flow.installed, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+        if offer is None:
+            continue
+        try:
+            report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
+        except ObjectLostError:  # the broadcaster died; the next one will offer it again
+            await asyncio.sleep(1.0)
+            continue
+        await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
+        await flow.change(installed=report.version)
+        async with crew.installed:
+            crew.installs[actor.name] = report
+            crew.installed.notify_all()
+
+
+async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: Config) -> None:
+    """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
+    await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
+    if not await _try_score(groups_ref, None, crew, config):
+        return
+    for index, ticket in enumerate(tickets):
+        reason = await _try_score(groups_ref, index, crew, config)
+        if reason:
+            await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
+
+
+async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:
+    """Score and put all groups, or the one of that index; returns why that failed, or nothing."""
     scorer = await crew.idle_scorers.get()
+    actor = scorer.actor
     try:
-        # The queue gets the scorer's answer, or its error, straight from the scorer.
-        put = crew.queue.start("put", scorer.start("score", groups_ref))
-        await resolve(put, edge=f"{scorer.name}.score", timeout_s=config.timeouts.score_s)
+        scored_ref = await actor.fetch("score", groups_ref, only, timeout_s=config.timeouts.score_s)
+    except LOST as error:
+        await scorer.replace(actor, error)
+        return f"the scorer died: {error}" if not isinstance(error, DeadlineError) else f"no score within {config.timeouts.score_s:g} s"
+    except (RewardError, ActorFailedError, ObjectLostError) as error:
+        return str(error)
     finally:
         crew.idle_scorers.put_nowait(scorer)
+    try:
+        await crew.queue.call("put", scored_ref, timeout_s=config.timeouts.call_s)
+    except ObjectLostError as error:
+        return str(error)
+    return ""

@@ -2,12 +2,33 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
+from ray.exceptions import ObjectLostError as RayObjectLostError
 from ray.exceptions import RayActorError, RayTaskError
 
-from async_rlhf.errors import ActorLostError, AsyncRLHFError, DeadlineError, RunError
+from actors.wait_graph import WAITS
+from async_rlhf.errors import ActorFailedError, ActorLostError, AsyncRLHFError, DeadlineError, ObjectLostError
+
+CONTROL_GROUP = "control"
+"""Threads of an actor that answer while its other ones work."""
+
+SLICE_S = 5.0
+"""A deadline is counted in slices of this length: if this very process is stopped for an hour, one slice has passed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """Where an actor runs."""
+
+    node_id: str
+    pid: int
+    started_at: float
+    """Unix seconds: a process id may be used again."""
 
 
 class RemoteActor:
@@ -16,18 +37,36 @@ class RemoteActor:
     def __init__(self, handle: Any, name: str) -> None:
         self.handle = handle
         self.name = name
+        self.process: Process | None = None
+        """Known once it is ready."""
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call and await the answer. References among `args` reach the method as their values.
 
         Raises:
-            DeadlineError: no answer in time. ActorLostError: the actor died. AsyncRLHFError: what the method raised, if one of ours.
+            DeadlineError: no answer in time. ActorLostError: the actor died. ObjectLostError: an argument is gone.
+            AsyncRLHFError: what the method raised, if one of ours. ActorFailedError: what it raised, if not.
         """
-        return await resolve(self.start(method, *args), edge=f"{self.name}.{method}", timeout_s=timeout_s)
+        answer = await resolve(self.start(method, *args), edge=f"{self.name}.{method}", timeout_s=timeout_s)
+        WAITS.heard_from(self.name)
+        return answer
+
+    async def fetch(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call a method that returns (anything small, anything large): the reference of the second, once it is there."""
+        small, large = self.start(method, *args, num_returns=2)
+        await resolve(small, edge=f"{self.name}.{method}", timeout_s=timeout_s)
+        WAITS.heard_from(self.name)
+        return large
 
     def start(self, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Call without waiting: the reference (or references) of the answer, owned by the caller."""
         return getattr(self.handle, method).options(num_returns=num_returns).remote(*args)
+
+    async def ping(self, timeout_s: float) -> None:
+        """Wait for a sign of life, whatever the actor is busy with; see `call` for the errors."""
+        answer = self.handle.__ray_ready__.options(concurrency_group=CONTROL_GROUP).remote()
+        await resolve(answer, edge=f"{self.name}: a sign of life", timeout_s=timeout_s)
+        WAITS.heard_from(self.name)
 
 
 async def resolve(reference: Any, *, edge: str, timeout_s: float) -> Any:
@@ -39,23 +78,36 @@ async def within(awaitable: Awaitable[Any], *, edge: str, timeout_s: float) -> A
     """Await with a deadline.
 
     Raises:
-        DeadlineError: it passed.
+        DeadlineError: it passed. Its text holds everybody who waits.
     """
-    deadline = asyncio.timeout(timeout_s)
-    try:
-        async with deadline:
-            return await awaitable
-    except TimeoutError:
-        if not deadline.expired():
-            raise  # the work's own timeout, not ours
-        raise DeadlineError(
-            f"waited {timeout_s:g} s for {edge} without an answer; raise the deadline under `timeouts` if that work may take longer"
-        ) from None
+    work = asyncio.ensure_future(awaitable)
+    left_s = timeout_s
+    with WAITS.waiting(edge):
+        try:
+            while left_s > 0:
+                slice_s = min(left_s, SLICE_S)
+                await asyncio.wait({work}, timeout=slice_s)
+                if work.done():
+                    return work.result()
+                left_s -= slice_s
+            raise DeadlineError(
+                f"waited {timeout_s:g} s for {edge} without an answer; raise the deadline under `timeouts` if that work may take "
+                f"longer\n{WAITS.render()}"
+            )
+        finally:
+            work.cancel()
 
 
 def kill(actor: RemoteActor) -> None:
-    """End the actor's process at once."""
+    """End the actor's process and free its name. A frozen process on another node ends a few seconds later."""
     ray.kill(actor.handle, no_restart=True)
+    WAITS.forget(actor.name)
+    process = actor.process
+    if process is not None and process.node_id == ray.get_runtime_context().get_node_id():
+        with suppress(psutil.Error):
+            living = psutil.Process(process.pid)
+            if living.create_time() == process.started_at:
+                living.kill()
 
 
 async def _unwrapped(reference: Any, edge: str) -> Any:
@@ -64,7 +116,11 @@ async def _unwrapped(reference: Any, edge: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, AsyncRLHFError):
             raise error.cause from error
-        raise RunError(f"{edge} failed: {last_line(error)}") from error
+        if isinstance(error.cause, RayObjectLostError | RayActorError):  # of an argument: who should have made it is gone
+            raise ObjectLostError(f"{edge}: {last_line(error)}") from error
+        raise ActorFailedError(f"{edge} failed: {last_line(error)}") from error
+    except RayObjectLostError as error:
+        raise ObjectLostError(f"{edge}: {last_line(error)}") from error
     except RayActorError as error:
         raise ActorLostError(f"{edge}: the actor died: {last_line(error)}") from error
 

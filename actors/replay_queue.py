@@ -1,28 +1,34 @@
-"""The replay queue: waiting and waking around a ReplayBuffer.
+"""The replay queue: waiting and waking around a ReplayBuffer and its history.
 
 One event loop, so no locks: each method runs to its first await alone. Every wait has a deadline of its own on this side:
-a caller that died, or gave up, swallows nothing.
+a caller that died, or gave up, swallows nothing. Whatever a call changed is in the journal before its caller learns of it, so the
+queue may die at any moment: the next one goes on where it stopped, and every call may simply be made again.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from actors.waiting import changed_before
 from async_rlhf.config import Config
-from async_rlhf.metrics import BatchSummary, summarize
+from async_rlhf.errors import JournalLockedError, RunError
+from async_rlhf.history import History
+from async_rlhf.journal import Journal, Mark
+from async_rlhf.ledger import Ledger
+from async_rlhf.metrics import BatchSummary
 from async_rlhf.prompts import PromptStream, load_encode
 from async_rlhf.replay import ReplayBuffer
-from async_rlhf.scores import ScoreMoments, shape_scores
+from async_rlhf.rollouts import export_segment
 from async_rlhf.sharding import shard_batch
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks import load_task
 from async_rlhf.tickets import PutOutcome, QueueCounters, ReplaySettings
-from async_rlhf.types import Batch, ScoredGroup, Ticket
+from async_rlhf.types import ScoredGroup, Ticket
+
+LOCK_WAIT_S = 15.0
+"""A frozen queue on another node lives for some seconds after it was killed."""
 
 Shard = tuple[tuple[ScoredGroup, ...], ...]
 """One rank's share of a batch: its groups, by minibatch."""
@@ -39,56 +45,132 @@ class NextBatch:
     counters: QueueCounters
 
 
-class ReplayQueue:
-    """The queue between producers and learner. All methods are coroutines of one event loop."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Booked:
+    """The answer to a learner that finished an update."""
 
-    def __init__(self, config: Config, model_folder: str) -> None:
+    counters: QueueCounters
+    replay_error_nats: float
+    """How far the weights are from those that the same update led to before; 0 the first time. See ReplayBuffer.mark_trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Installed:
+    """A generator samples from `version` from now on."""
+
+    holder: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WithScorer:
+    """These groups are sampled, and safe from their generator's death."""
+
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HolderGone:
+    """A generator died: its leases may go out again."""
+
+    holder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringFailed:
+    """Nobody could score these groups."""
+
+    tickets: tuple[Ticket, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Undone:
+    """The learner goes on from `version` and will not train later batches as they were; see lineage.annul."""
+
+    version: int
+    newest_faithful: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """The oldest checkpoint that is kept is of `version`."""
+
+    version: int
+
+
+Fact = Installed | WithScorer | HolderGone | ScoringFailed | Undone | Kept
+
+
+class ReplayQueue:
+    """The queue between producers and learner. All methods are coroutines of one event loop, and may be called again."""
+
+    def __init__(self, config: Config, model_folder: str, run_folder: str, session: int) -> None:
         """
         Args:
             model_folder: its tokenizer encodes the prompts.
+            run_folder: holds the journal; what it says is where the queue begins.
+            session: counts the drivers of this run; a new one revokes the leases of the one before.
         """
-        self._buffer = make_buffer(config, model_folder)
+        self._run_folder = Path(run_folder)
+        self._journal = _open(self._run_folder / "journal")
+        identity = {"batch_groups": config.batch_groups, "max_staleness": config.max_staleness}
+        self._history = History(self._journal, config.reward, identity, session)
+        self._buffer = make_buffer(config, model_folder, self._history.ledger)
         self._num_ranks = config.learner.num_ranks
         self._num_minibatches = config.algorithm.minibatches_per_batch
-        self._reward = config.reward
-        self._moments = ScoreMoments()
+        self._lease_s = config.queue.lease_s
+        self._sync_s = config.queue.sync_s
         self._changed = asyncio.Condition()
         self._installed: dict[str, int] = {}
-        self._shards: tuple[Shard, ...] = ()
-        self._summary: BatchSummary | None = None
-        self._scores: list[np.ndarray] = []
-        """Of every group that came in since the last decision."""
+        self._shards: tuple[int, tuple[Shard, ...]] = (-1, ())
+        self._syncing: asyncio.Task[None] | None = None
+        for slot in self._history.ledger.slots.values():  # leases of before this queue's restart live on, on this clock
+            slot.lease_ends_s = time.monotonic() + config.queue.lease_s
 
-    async def tickets(self, holder: str, max_tickets: int, wait_s: float) -> list[Ticket] | None:
-        """Leases for a generator, by the version that it last reported as installed.
+    async def tickets(self, holder: str, installed: int, request: int, max_tickets: int, wait_s: float) -> list[Ticket] | None:
+        """Leases for a generator that samples from version `installed` or a newer one.
 
         Waits up to `wait_s` for at least one; then []. None: no ticket will ever be needed again.
+        The same `request` number again gives the same tickets.
         """
         ends = time.monotonic() + wait_s
+        self._keep_syncing()
         async with self._changed:
+            self._install(holder, installed)
             while True:
                 if self._buffer.finished:
                     return None
-                granted = self._buffer.grant(holder, self._installed[holder], max_tickets, time.monotonic())
+                granted = self._buffer.grant(holder, self._installed[holder], max_tickets, time.monotonic(), request)
+                self._history.flush()
                 if granted or not await changed_before(self._changed, ends):
                     return granted
 
-    async def installed(self, holder: str, version: int) -> None:
-        """`holder` samples from `version` from now on."""
+    async def note(self, fact: Fact) -> None:
+        """Take a fact in that may change what is granted or decided."""
+        if isinstance(fact, Kept):
+            await self._forget(fact.version)
+            return
         async with self._changed:
-            self._installed[holder] = max(version, self._installed.get(holder, 0))
+            match fact:
+                case Installed():
+                    self._install(fact.holder, fact.version)
+                case WithScorer():
+                    self._buffer.mark_scoring(fact.tickets, time.monotonic())
+                case HolderGone():
+                    self._buffer.lose_holder(fact.holder)
+                case ScoringFailed():
+                    self._buffer.fail(fact.tickets, fact.reason)
+                case Undone():
+                    self._installed = {}
+                    self._history.annul(fact.version, fact.newest_faithful)
+            self._history.flush()
             self._changed.notify_all()
 
-    async def scoring(self, tickets: Sequence[Ticket]) -> None:
-        """These groups left their generator."""
-        self._buffer.mark_scoring(tickets, time.monotonic())
-
     async def put(self, groups: Sequence[ScoredGroup]) -> list[PutOutcome]:
-        """Take finished groups in; never waits for room."""
+        """Take scored groups in; never waits for room."""
         outcomes = [self._buffer.put(scored) for scored in groups]
-        # Replaced ties too: the trained batch alone would hide how many prompts are solved, or hopeless.
-        fresh = (PutOutcome.KEPT, PutOutcome.TIED)
-        self._scores += [scored.scores for scored, outcome in zip(groups, outcomes, strict=True) if outcome in fresh]
+        self._history.flush()
         async with self._changed:
             self._changed.notify_all()
         return outcomes
@@ -98,37 +180,74 @@ class ReplayQueue:
         ends = time.monotonic() + wait_s
         async with self._changed:
             while True:
-                if self._summary is not None and self._summary.update == update:
-                    return NextBatch(summary=self._summary, closed=False, counters=self._buffer.counters)
-                assert update == self._buffer.decided, f"batch {update} was asked for, but {self._buffer.decided} is next"
-                batch = self._buffer.decide()
-                if batch is not None:
-                    self._retain(batch)
+                summary = self._history.summary(update)
+                if summary is not None:
+                    return NextBatch(summary=summary, closed=False, counters=self._buffer.counters)
+                if update != self._buffer.decided:
+                    raise RunError(f"batch {update} was asked for, but {self._buffer.decided} is next and it is no longer kept")
+                if self._buffer.decide() is not None:
+                    self._history.flush(durable=True)  # before any rank gets its shard
                     self._changed.notify_all()
                     continue
+                self._history.flush()
                 if self._buffer.finished or not await changed_before(self._changed, ends):
                     return NextBatch(summary=None, closed=self._buffer.finished, counters=self._buffer.counters)
 
-    async def take(self, update: int, rank: int) -> Shard:
-        """Rank `rank`'s shard of the batch that next_batch decided; the same again when asked again."""
-        assert self._summary is not None and self._summary.update == update, f"batch {update} is not the decided one"
-        return self._shards[rank]
+    async def take(self, update: int, rank: int) -> tuple[int, Shard]:
+        """(update, rank `rank`'s shard of this decided batch); the same again when asked again."""
+        if self._shards[0] != update:
+            batch = self._history.batch(update)
+            self._shards = update, shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
+        return update, self._shards[1][rank]
 
-    async def trained(self, update: int) -> QueueCounters:
-        """The learner finished `update`."""
-        self._buffer.mark_trained(update)
-        return self._buffer.counters
+    async def trained(self, update: int, digest: int, canary_logprobs: tuple[float, ...]) -> Booked:
+        """The learner finished `update`; see ReplayBuffer.mark_trained."""
+        error_nats = self._buffer.mark_trained(update, digest, canary_logprobs)
+        self._history.flush()
+        return Booked(counters=self._buffer.counters, replay_error_nats=error_nats)
 
-    def _retain(self, batch: Batch) -> None:
-        shaped, self._moments = shape_scores(batch, self._moments, self._reward)
-        self._summary, self._scores = replace(summarize(batch, self._scores), moments=self._moments), []
-        self._shards = shard_batch(shaped, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
+    async def checkpoint(self) -> Mark:
+        """Begin a segment; returns how far the history goes, all of it on the disk."""
+        return self._history.begin_segment()
+
+    def _install(self, holder: str, version: int) -> None:
+        self._installed[holder] = max(version, self._installed.get(holder, 0))
+
+    async def _forget(self, version: int) -> None:
+        """Turn segments that no checkpoint needs into the rollouts dataset."""
+        for segment in self._history.forget_before(version):
+            await asyncio.to_thread(export_segment, self._run_folder, segment)
+            self._history.drop_segment(segment)
+
+    def _keep_syncing(self) -> None:
+        if self._syncing is not None and self._syncing.done():
+            self._syncing.result()  # what ended it
+        self._syncing = self._syncing or asyncio.create_task(self._sync())
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(self._sync_s)
+            self._history.flush(durable=True)
 
 
-def make_buffer(config: Config, model_folder: str) -> ReplayBuffer:
-    """The buffer of a run: its staleness rule, its prompts and its settings."""
+def _open(folder: Path) -> Journal:
+    """The journal, as soon as a queue that was just killed lets go of it."""
+    ends = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return Journal(folder)
+        except JournalLockedError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.2)
+
+
+def make_buffer(config: Config, model_folder: str, ledger: Ledger) -> ReplayBuffer:
+    """The buffer of a run, standing where its ledger stands."""
     queue = config.queue
-    prompts = PromptStream(load_task(config.task), load_encode(Path(model_folder)), seed=config.seed, max_epochs=queue.max_epochs)
+    prompts = PromptStream(
+        load_task(config.task), load_encode(Path(model_folder)), seed=config.seed, max_epochs=queue.max_epochs, cursor=ledger.cursor
+    )
     settings = ReplaySettings(
         num_updates=config.updates,
         order=queue.order,
@@ -141,4 +260,4 @@ def make_buffer(config: Config, model_folder: str) -> ReplayBuffer:
         whole_rounds=config.deterministic,
         seed=config.seed,
     )
-    return ReplayBuffer(StalenessRule(batch_groups=config.batch_groups, max_staleness=config.max_staleness), prompts, settings)
+    return ReplayBuffer(StalenessRule(batch_groups=config.batch_groups, max_staleness=config.max_staleness), prompts, settings, ledger)

@@ -1,33 +1,30 @@
 """One run from the first actor to the exported policy: start everybody, evaluate, let the two loops run, evaluate, export."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.accounts import Accounts, Row
-from actors.canary import check_room, shapes_of_folder
-from actors.engine_loop import EngineUsage
-from actors.generator import Generator
-from actors.launch import ActorSpec, Cluster, first_failure, ready
+from actors.canary import NOISE_NATS
+from actors.cast import Cast
+from actors.checkpointer import Checkpointer
+from actors.evaluator import Evaluator
+from actors.launch import Cluster
+from actors.learner_crew import LearnerCrew, LearnerParts
 from actors.pipeline import Crew, UpdateRecord, produce, train
-from actors.remote import RemoteActor
-from actors.replay_queue import ReplayQueue
-from actors.scorer import Scorer
-from actors.training_state import TrainingStateStore
-from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
-from async_rlhf.config import Config
-from async_rlhf.errors import DeadlineError, RunError
-from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.prompts import encode_problem, load_encode
-from async_rlhf.protocols import LearnerClient
+from actors.replay_queue import Undone
+from actors.supervision import Supervisor, guarded
+from async_rlhf.checkpoints import discard, folders, newest
+from async_rlhf.errors import ActorLostError, LearnerLostError, RunError
+from async_rlhf.evaluation import Evaluation
+from async_rlhf.rollouts import export_all
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState
-from async_rlhf.tasks import load_task
-from async_rlhf.types import Prompt, Rollout
 
-STATE_ACTOR = "training_state"
-"""Name of the TrainingState actor in the run's namespace."""
+REPLAY_TOLERANCE = 4
+"""A batch trained again may move the canary by this many times what rounding alone may do (another number of ranks adds up in
+another order); beyond that it is another history."""
 
 
 class Observer(Protocol):
@@ -41,177 +38,159 @@ class Observer(Protocol):
         """An update is through."""
         ...
 
+    def incident(self, entry: Mapping[str, Any]) -> None:
+        """An actor was lost, or is back."""
+        ...
 
-class Learner(LearnerClient, Protocol):
-    """The learner group, from its start to its export."""
+    def rewound(self, version: int) -> None:
+        """What was booked after `version` will be booked again."""
+        ...
 
-    async def join(self) -> None: ...
-
-    async def save_pretrained(self, folder: str) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerParts:
-    """How to make a learner; handed in, because actors know nothing of learners."""
-
-    rank_class: type
-    """Constructed with (config, model_folder, rank)."""
-    make_group: Callable[[Sequence[RemoteActor], Config], Learner]
+    def evaluated(self, name: str, evaluation: Evaluation) -> None:
+        """`start` or `final` was evaluated."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run that reached its end has to show."""
 
-    start: Evaluation
-    final: Evaluation
+    stopped: bool
+    """True: it was asked to stop, and stands at its last checkpoint."""
 
 
 class Run:
-    """The cast of one run, on one cluster."""
+    """One driver's part of a run, on one cluster."""
 
     def __init__(self, plan: RunPlan, cluster: Cluster, parts: LearnerParts, observer: Observer, accounts: Accounts) -> None:
         self._plan = plan
         self._config = plan.config
         self._cluster = cluster
-        self._parts = parts
         self._observer = observer
-        self.accounts = accounts
+        self._accounts = accounts
+        self._supervisor = Supervisor(cluster, plan.config, plan.session, self._on_incident)
+        self._learner = LearnerCrew(plan, parts, self._supervisor)
+        self._cast = Cast(plan, self._supervisor, self._learner)
+        self._checkpointer = Checkpointer(plan.run_folder, plan.config, self._learner, self._cast.queue)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End after the update that the run is at, with a checkpoint."""
+        self._stopping.set()
 
     async def execute(self) -> Outcome:
         """Run to the end; the caller closes the cluster, whatever happens here."""
-        crew, learner, state = await self._start()
-        await self._record(state, "evaluating")
-        start = await self._evaluate(crew, "start", version=0)
-        usage: dict[str, EngineUsage] = {}
-        await first_failure(*(self._read_usage(name, actor, usage) for name, actor in crew.generators.items()))
-        self.accounts.begin(usage)
-        self._observer.stage(f"training: {self._config.updates} updates of {self._config.batch_groups} groups")
+        crew, version = await self._start()
+        keepers = [member.keep() for member in (*self._cast.scorers, crew.queue, crew.broadcaster, self._cast.state)]
+        producers = [produce(generator, crew, self._config) for generator in crew.generators]
+        main = asyncio.ensure_future(self._train(crew, version))
+        main.set_name("train")
+        return await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+
+    async def _start(self) -> tuple[Crew, int]:
+        """Start all actors; ends when the learner's version is with the broadcaster."""
+        config = self._config
+        self._observer.stage(
+            f"starting {config.generator.count} generator(s) ({config.generator.engine}), {config.learner.num_ranks} learner rank(s) "
+            f"(deepspeed), {config.scorer.count} scorer(s)"
+        )
+        crew, version = await self._cast.start(self._plan.checkpoint, lambda name: self._observer.stage(f"{name} is ready"))
+        crew.stopping = self._stopping
+        if self._plan.undo:
+            await self._undo(crew, version, newest_faithful=version)
+        self._observer.stage(f"installing version {version} on the generators, proving the canary")
+        await crew.publish(version, config)
+        return crew, version
+
+    async def _train(self, crew: Crew, version: int) -> Outcome:
+        evaluator = Evaluator(self._plan, crew)
+        if self._plan.evaluate_start:
+            await self._record("evaluating")
+            self._evaluated("start", await evaluator.evaluate(version))
+        self._accounts.begin(await evaluator.usage())
+        crew.begun.set()
+        self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
 
         async def on_update(record: UpdateRecord) -> None:
-            installs = await crew.broadcaster.call("reports", timeout_s=self._config.timeouts.call_s)
-            row = self.accounts.add(record, installs)
-            self._observer.update(row, await self._record(state, "training"))
+            await self._on_update(crew, record)
 
-        producers = [produce(name, crew, self._config, usage) for name in crew.generators]
-        await first_failure(train(crew, self._config, usage, on_update), *producers)
-        if self.accounts.updates == 0:
+        while True:
+            try:
+                version = await train(crew, self._config, version, on_update)
+                return await self._finish(evaluator, version)
+            except LearnerLostError as error:
+                version = await self._restart_learner(error)
+
+    async def _restart_learner(self, error: LearnerLostError) -> int:
+        """Go on from the newest checkpoint; what was booked after it is booked again as it is trained again."""
+        version = await self._learner.restart(error)
+        checkpoint, _ = newest(self._plan.run_folder)
+        fresh = Accounts(config=self._config, run_id=self._plan.run_id).state("training")
+        self._accounts.restore(checkpoint.state if checkpoint else fresh)
+        self._observer.rewound(version)
+        self._observer.stage(f"the learner goes on from version {version}")
+        return version
+
+    async def _finish(self, evaluator: Evaluator, version: int) -> Outcome:
+        if version == 0 and not self._stopping.is_set():
             raise RunError("the prompts ran out before a single batch was complete; lower batch_groups or give more prompts")
-        await self._record(state, "evaluating")
-        final = await self._evaluate(crew, "final", version=self.accounts.updates)
+        await self._checkpointer.make(self._accounts.state("training"))
+        self._accounts.checkpoint = version
+        if self._stopping.is_set():
+            return Outcome(stopped=True)
+        await self._record("evaluating")
+        self._evaluated("final", await evaluator.evaluate(version))
         self._observer.stage("exporting the policy")
-        await learner.save_pretrained(str(self._plan.run_folder / "model"))
-        await self._record(state, "finished")
-        return Outcome(start=start, final=final)
+        await self._learner.save_pretrained(self._plan.run_folder / "model")
+        await asyncio.to_thread(export_all, self._plan.run_folder)
+        await self._record("finished")
+        return Outcome(stopped=False)
 
-    async def _start(self) -> tuple[Crew, Learner, RemoteActor]:
-        """Start all actors at once: each spends seconds on its imports. Ends when every generator samples from version 0."""
-        config, folder = self._config, str(self._plan.model_folder)
-        generators, ranks, scorers, queue, state = self._specs(folder)
+    async def _on_update(self, crew: Crew, record: UpdateRecord) -> None:
+        version = record.summary.update + 1
+        tolerance = REPLAY_TOLERANCE * NOISE_NATS[self._config.generator.dtype]
+        if record.booked.replay_error_nats > tolerance:
+            self._observer.stage(
+                f"update {version} trained again gave other weights (canary {record.booked.replay_error_nats:.3g} nats apart, allowed "
+                f"{tolerance:g}): later batches are undone"
+            )
+            await self._undo(crew, version, newest_faithful=version - 1)
+            await self._recast(crew)
+        row = self._accounts.add(record, self._supervisor.restarts)
+        state = await self._record("training")
+        self._observer.update(row, state)
+        await self._checkpointer.between_updates(state)
+        self._accounts.checkpoint = self._checkpointer.committed or self._accounts.checkpoint
+
+    async def _undo(self, crew: Crew, version: int, newest_faithful: int) -> None:
+        """A new lineage from `version` on; checkpoints of the old one are no longer of this history."""
+        undone = Undone(version=version, newest_faithful=newest_faithful)
+        await crew.queue.call("note", undone, timeout_s=10 * self._config.timeouts.call_s)
+        for folder in folders(self._plan.run_folder):
+            if int(folder.name) > version:
+                discard(folder)
+
+    async def _recast(self, crew: Crew) -> None:
+        """Versions of the undone history are with the broadcaster and in the generators: all of these start over."""
+        cause = ActorLostError("its weights belong to a history that was undone")
+        for member in (crew.broadcaster, *crew.generators):
+            await member.replace(member.actor, cause)
+
+    async def _record(self, phase: str) -> TrainingState:
+        state = self._accounts.state(phase)
+        await self._cast.state.call("record", state, timeout_s=self._config.timeouts.call_s)
+        return state
+
+    def _evaluated(self, name: str, evaluation: Evaluation) -> None:
         self._observer.stage(
-            f"starting {len(generators)} generator(s) ({config.generator.engine}), {len(ranks)} learner rank(s) (deepspeed), "
-            f"{len(scorers)} scorer(s)"
+            f"{name} accuracy (greedy, {len(evaluation.samples)} held-out problems, version {evaluation.version}): "
+            f"{evaluation.accuracy:.3f}"
         )
-        shapes = shapes_of_folder(self._plan.model_folder)
-        check_room(shapes, config.generator.dtype, KEPT_VERSIONS, self._cluster.object_store_bytes())
-        await self._cluster.reserve([*generators, *ranks, *scorers])
-        started = {spec.name: self._cluster.start(spec) for spec in (*generators, *ranks, *scorers, queue, state)}
-        rank_actors = [started[spec.name] for spec in ranks]
-        generator_actors = {spec.name: started[spec.name] for spec in generators}
-        broadcaster = self._cluster.start(
-            ActorSpec(
-                name="weight_broadcaster",
-                cls=WeightBroadcaster,
-                args=(rank_actors, generator_actors, started[queue.name], config.timeouts.weights_s),
-            )
-        )
-        learner = self._parts.make_group(rank_actors, config)
-        waits = [ready(actor, config.timeouts.start_s, self._on_ready) for actor in started.values()]
-        await first_failure(learner.join(), *waits)
-        self._observer.stage("installing version 0 on the generators, proving the canary")
-        await broadcaster.call("publish", 0, timeout_s=config.timeouts.weights_s + config.timeouts.call_s)
-        crew = Crew(
-            generators=generator_actors,
-            scorers=[started[spec.name] for spec in scorers],
-            queue=started[queue.name],
-            learner=learner,
-            broadcaster=broadcaster,
-        )
-        await self._wait_installed(crew, 0)
-        return crew, learner, started[state.name]
+        self._observer.evaluated(name, evaluation)
 
-    def _specs(self, folder: str) -> tuple[list[ActorSpec], list[ActorSpec], list[ActorSpec], ActorSpec, ActorSpec]:
-        config, plan = self._config, self._plan
-        generators = [
-            ActorSpec(
-                name=f"generator-{index}.0",
-                cls=Generator,
-                args=(config, folder, f"generator-{index}.0"),
-                num_cpus=config.generator.num_cpus,
-                num_gpus=config.generator.num_gpus,
-                max_concurrency=8,
-            )
-            for index in range(config.generator.count)
-        ]
-        ranks = [
-            ActorSpec(
-                name=f"learner-{rank}",
-                cls=self._parts.rank_class,
-                args=(config, folder, rank),
-                num_cpus=config.learner.num_cpus,
-                num_gpus=config.learner.num_gpus,
-            )
-            for rank in range(config.learner.num_ranks)
-        ]
-        scorers = [
-            ActorSpec(
-                name=f"scorer-{index}",
-                cls=Scorer,
-                args=(config, folder, plan.reward, plan.metric),
-                num_cpus=config.scorer.num_cpus,
-                num_gpus=config.scorer.num_gpus,
-            )
-            for index in range(config.scorer.count)
-        ]
-        queue = ActorSpec(name="replay_queue", cls=ReplayQueue, args=(config, folder))
-        state = ActorSpec(name=STATE_ACTOR, cls=TrainingStateStore, args=(str(plan.run_folder),))
-        return generators, ranks, scorers, queue, state
-
-    async def _wait_installed(self, crew: Crew, version: int) -> None:
-        limit = self._config.timeouts.weights_s
-        if not await crew.broadcaster.call("wait_installed", version, limit, timeout_s=limit + self._config.timeouts.call_s):
-            raise DeadlineError(f"not every generator installed version {version} within {limit:g} s (timeouts.weights_s)")
-
-    async def _evaluate(self, crew: Crew, name: str, version: int) -> Evaluation:
-        """Greedy accuracy on the held-out problems, of `version` alone, on all generators at once."""
-        await self._wait_installed(crew, version)
-        encode = load_encode(self._plan.model_folder)
-        prompts = [encode_problem(problem, encode) for problem in load_task(self._config.task).held_out()]
-        names = list(crew.generators)
-        parts = [prompts[index :: len(names)] for index in range(len(names))]
-        limit = self._config.timeouts.generate_s
-        calls = (crew.generators[who].call("evaluate", part, 0.0, timeout_s=limit) for who, part in zip(names, parts, strict=True))
-        answers: list[list[Rollout]] = await asyncio.gather(*calls)
-        asked: list[Prompt] = [prompt for part in parts for prompt in part]
-        rollouts = [rollout for answer in answers for rollout in answer]
-        foreign = {span.version for rollout in rollouts for span in rollout.version_spans} - {version}
-        assert not foreign, f"the evaluation of version {version} was sampled by versions {sorted(foreign)} too"
-        scores, texts = await crew.scorers[0].call("judge", asked, rollouts, timeout_s=self._config.timeouts.score_s)
-        samples = tuple(
-            Sample(prompt=prompt.text, completion=text, expected=prompt.columns.get("answer", ""), score=score)
-            for prompt, text, score in zip(asked, texts, scores, strict=True)
-        )
-        evaluation = Evaluation(version=version, temperature=0.0, samples=samples)
-        self._observer.stage(f"{name} accuracy (greedy, {len(samples)} held-out problems, version {version}): {evaluation.accuracy:.3f}")
-        return evaluation
-
-    async def _record(self, state: RemoteActor, phase: str) -> TrainingState:
-        current = self.accounts.state(phase)
-        await state.call("record", current, timeout_s=self._config.timeouts.call_s)
-        return current
-
-    async def _read_usage(self, name: str, actor: RemoteActor, usage: dict[str, EngineUsage]) -> None:
-        usage[name] = await actor.call("usage", timeout_s=self._config.timeouts.call_s)
-
-    def _on_ready(self, name: str) -> None:
-        self._observer.stage(f"{name} is ready")
+    def _on_incident(self, entry: Mapping[str, Any]) -> None:
+        if entry["event"] == "lost":
+            self._observer.stage(f"{entry['name']} is lost ({entry['cause']}); starting it again")
+        else:
+            self._observer.stage(f"{entry['name']} is back after {entry['after_s']:.1f} s")
+        self._observer.incident(entry)

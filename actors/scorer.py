@@ -28,12 +28,13 @@ class Scorer:
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Score finished groups, in their order.
+    def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
+        """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
 
         Raises:
             RewardError: the reward function broke its contract.
         """
+        groups = groups if only is None else groups[only : only + 1]
         prompts = [group.ticket.prompt for group in groups for _ in group.rollouts]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         texts = self._decode(rollouts)
@@ -54,7 +55,7 @@ class Scorer:
                 )
             )
             start = end
-        return scored
+        return len(scored), scored
 
     def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[float], list[str]]:
         """The task's own metric of single completions, whatever the training reward is, and their texts: an evaluation.

@@ -5,8 +5,12 @@ Ray reads its authentication settings when it is imported, so this module must n
 
 import os
 import secrets
+import shutil
 import tempfile
 from pathlib import Path
+
+PREFIX = "arlhf-"
+"""Of session folders, in the folder for temporary files."""
 
 
 def open_session() -> Path | None:
@@ -17,11 +21,24 @@ def open_session() -> Path | None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
         return None
+    _sweep()
     # Short: the path of a Unix socket inside it may not exceed 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="arlhf-"))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    (folder / "owner").write_text(str(os.getpid()), encoding="utf-8")
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     return folder
+
+
+def _sweep() -> None:
+    """Remove the session folders of drivers that were killed: nobody else does."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            os.kill(int((folder / "owner").read_text(encoding="utf-8")), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # somebody else's, or not one of ours

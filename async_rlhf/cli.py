@@ -31,6 +31,19 @@ def train(words: Words = None) -> None:
 
 
 @app.command()
+def resume(
+    run: Folder,
+    words: Words = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Version of the checkpoint to go on from; default: the newest whole one.")] = None,
+) -> None:
+    """Go on with a run that was interrupted, killed or failed; other settings may be given."""
+    from async_rlhf.commands.resume import run_resume
+
+    _require_application()
+    raise typer.Exit(run_resume(run, words or [], checkpoint, Console()))
+
+
+@app.command()
 def sft(words: Words = None, out: Annotated[Path | None, typer.Option(help="Folder of the model; default: the cache.")] = None) -> None:
     """Make the task's supervised start."""
     from async_rlhf.commands.sft import run_sft

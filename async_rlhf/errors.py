@@ -9,7 +9,13 @@
     |-- EngineError            the sampling engine failed
     `-- RunError               a run that cannot go on (exit code 1)
         |-- DeadlineError      a blocking edge outlived its deadline
-        `-- ActorLostError     an actor died while somebody waited for it
+        |-- ActorLostError     an actor died while somebody waited for it
+        |-- ActorFailedError   a method of an actor raised what nobody expected
+        |-- ObjectLostError    what one process handed to another is gone with its owner or its node
+        |-- LearnerLostError   the learner group lost a rank, and with it what it had not saved
+        |-- RestartLimitError  an actor keeps failing
+        `-- JournalError       the journal is damaged, cannot be written, or is not the one that was expected
+            `-- JournalLockedError    another process writes it
 
 Every message says what, got, expected and remedy. No class has its own `__init__`, so that each one crosses process borders.
 """
@@ -53,3 +59,27 @@ class DeadlineError(RunError, TimeoutError):
 
 class ActorLostError(RunError):
     """An actor died while somebody waited for it."""
+
+
+class ActorFailedError(RunError):
+    """A method of an actor raised an error that is none of ours."""
+
+
+class ObjectLostError(RunError):
+    """A message between two processes is gone: its owner died, or the node that held it."""
+
+
+class LearnerLostError(RunError):
+    """A rank died or froze: the group has to start again from a checkpoint."""
+
+
+class RestartLimitError(RunError):
+    """An actor failed more often than `supervision.max_restarts` allows."""
+
+
+class JournalError(RunError):
+    """The journal is damaged, cannot be written, or is not the one that a checkpoint was made with."""
+
+
+class JournalLockedError(JournalError):
+    """Another living process writes this journal."""

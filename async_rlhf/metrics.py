@@ -80,6 +80,7 @@ METRICS: Mapping[str, Metric] = {
     "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
     "weights/export_s": Metric("mean", "snapshot of the policy and its transfer to the broadcaster"),
     "weights/install_s": Metric("mean", "slowest generator's last install, canary included"),
+    "supervision/restarts": Metric("mean", "restarts of any part of the crew by this driver, so far"),
     "weights/canary_error_nats": Metric("mean", "largest canary error of the last installs"),
 }
 

@@ -68,6 +68,11 @@ class Caller(Protocol):
 class LearnerClient(Protocol):
     """The learner group, as the train loop sees it."""
 
+    @property
+    def ranks(self) -> Sequence[Any]:
+        """Its actors now, by rank."""
+        ...
+
     def train_step(self, update: int, shards: Sequence[Any]) -> Awaitable[Sequence[StepReport]]:
         """Train one batch; shard i (a reference) goes to rank i. One report per rank."""
         ...

@@ -4,6 +4,9 @@ config.yaml      the resolved config            metrics.jsonl   one row per upda
 state.json       where the run stands           tensorboard/    the same rows as event files
 summary.json     the machine-readable last word samples.json    the held-out problems, before and after
 report.html      the page for people            model/          the final policy, a Hugging Face folder
+origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
+journal/         every sample and decision      checkpoints/    from where the run can go on
+rollouts/        what left the journal: a dataset, one row per completion
 """
 
 import json
@@ -11,10 +14,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import write_atomically
 
 
@@ -62,6 +67,18 @@ class Recorder:
             if "/" in key:
                 self._events.add_scalar(key, value, int(row["version"]))
 
+    def write_incident(self, entry: Mapping[str, Any]) -> None:
+        """Append one entry to incidents.jsonl."""
+        with (self.folder / "incidents.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(entry) + "\n")
+
+    def cut_after(self, version: int) -> None:
+        """Take back the rows after `version`: their updates will be trained again."""
+        self._lines.close()
+        rows = [row for row in read_rows(self.folder) if row["version"] <= version]
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Flush and close both files."""
         self._lines.close()
@@ -73,9 +90,26 @@ def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def write_samples(folder: Path, start: Evaluation, final: Evaluation) -> None:
-    """Both evaluations, problem by problem."""
-    write_atomically(folder / "samples.json", json.dumps({"start": asdict(start), "final": asdict(final)}) + "\n")
+def write_samples(folder: Path, name: str, evaluation: Evaluation) -> None:
+    """An evaluation, `start` or `final`, problem by problem, beside the other one."""
+    write_atomically(folder / "samples.json", json.dumps({**read_samples(folder), name: asdict(evaluation)}) + "\n")
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """The evaluations of a run so far, by name."""
+    file = folder / "samples.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def read_accuracies(folder: Path) -> dict[str, float]:
+    """Their mean scores."""
+    return {name: sum(sample["score"] for sample in of["samples"]) / len(of["samples"]) for name, of in read_samples(folder).items()}
+
+
+def write_origin(plan: RunPlan) -> None:
+    """What a resumed run, or a replay, must begin from: initial policy, reward, metric."""
+    origin = {"model_folder": str(plan.model_folder), "reward": plan.reward, "metric": plan.metric}
+    write_atomically(plan.run_folder / "origin.json", json.dumps(origin, indent=2) + "\n")
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:

@@ -1,141 +1,113 @@
 """The replay buffer: leases prompts out, keeps finished groups, forms batches of bounded staleness.
 
 A plain object without clocks, threads or Ray: time is an argument, waiting is the business of the actor around it
-(`actors/replay_queue.py`). The rules and the proof of the bound stand in `staleness.py`, the life of a ticket in `tickets.py`.
+(`actors/replay_queue.py`). It decides and records; where every group is stands in its Ledger. The rules and the proof of the
+bound stand in `staleness.py`, the life of a ticket in `tickets.py`.
 """
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from async_rlhf.errors import RunError
+from async_rlhf.events import Arrived, Decided, Dropped, Granted, Lost, Refused, Sampled, Trained, Voided
+from async_rlhf.ledger import Ledger, Slot
 from async_rlhf.prompts import PromptStream
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tickets import PutOutcome, QueueCounters, ReplaySettings, TicketState, ticket_seed
 from async_rlhf.types import Batch, ScoredGroup, Ticket
 
-
-@dataclass(kw_only=True, slots=True)
-class _Slot:
-    ticket: Ticket
-    state: TicketState
-    lease_ends_s: float
-    scored: ScoredGroup | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class _Tally:
-    issued: int = 0
-    taken: int = 0
-    trained: int = 0
-    reissued: int = 0
-    replaced_in_batch: int = 0
-    voided: Counter[str] = field(default_factory=Counter[str])
-    dropped: Counter[str] = field(default_factory=Counter[str])
-    refused: Counter[str] = field(default_factory=Counter[str])
+MIN_FAILURES = 20
+"""Prompts that must have failed before their share ends the run."""
 
 
 class ReplayBuffer:
     """Tickets, finished groups and batch decisions under one staleness rule."""
 
-    def __init__(self, rule: StalenessRule, prompts: PromptStream, settings: ReplaySettings) -> None:
+    def __init__(self, rule: StalenessRule, prompts: PromptStream, settings: ReplaySettings, ledger: Ledger | None = None) -> None:
+        """
+        Args:
+            prompts: stands where the ledger's cursor stands.
+            ledger: what happened so far; None: nothing.
+        """
         self._rule = rule
         self._prompts = prompts
         self._settings = settings
-        self._slots: dict[int, _Slot] = {}  # live groups, in order of issue
-        self._tally = _Tally()
-        self._decided = 0
-        self._in_training: dict[int, int] = {}  # update -> groups, until trained
+        self.ledger = ledger or Ledger()
 
     @property
     def decided(self) -> int:
         """U: batches decided so far; also the newest version that can exist."""
-        return self._decided
+        return self.ledger.decided
 
     @property
     def finished(self) -> bool:
         """No further batch will ever be decided."""
-        if self._decided >= self._settings.num_updates:
+        if self.decided >= self._settings.num_updates:
             return True
-        return self._prompts.exhausted and not self._slots
+        return self._prompts.exhausted and not self.ledger.slots
 
     @property
     def counters(self) -> QueueCounters:
         """A snapshot of all counts."""
-        states = Counter(slot.state for slot in self._slots.values())
-        tally = self._tally
-        return QueueCounters(
-            issued=tally.issued,
-            leased=states[TicketState.LEASED] + states[TicketState.LOST],
-            lost=states[TicketState.LOST],
-            scoring=states[TicketState.SCORING],
-            waiting=states[TicketState.WAITING],
-            taken=tally.taken,
-            trained=tally.trained,
-            reissued=tally.reissued,
-            voided=dict(tally.voided),
-            dropped=dict(tally.dropped),
-            refused=dict(tally.refused),
-        )
+        return self.ledger.counters
 
-    def grant(self, holder: str, installed_version: int, max_tickets: int, now_s: float) -> list[Ticket]:
+    def grant(self, holder: str, installed_version: int, max_tickets: int, now_s: float, request: int = -1) -> list[Ticket]:
         """Up to `max_tickets` leases for a generator: lost tickets first, then new prompts. Possibly none.
 
+        Args:
+            request: numbers the holder's requests; the same number again gives the same tickets, as far as it still holds them.
         Raises:
             StalenessError: the version does not exist yet.
         """
-        grantable = self._rule.num_grantable(installed_version=installed_version, decided=self._decided, live=len(self._slots))
+        slots = self.ledger.slots
+        grantable = self._rule.num_grantable(installed_version=installed_version, decided=self.decided, live=len(slots))
         self._expire(now_s)
-        busy = any(slot.state in (TicketState.LEASED, TicketState.SCORING) for slot in self._slots.values())
-        if self._settings.whole_rounds and busy:
+        number, granted = self.ledger.requests.get(holder, (-1, ()))
+        if number == request >= 0:
+            return [slots[i].ticket for i in granted if i in slots and self._is_held(slots[i], holder)]
+        if self._settings.whole_rounds and any(slot.state in (TicketState.LEASED, TicketState.SCORING) for slot in slots.values()):
             return []
-        tickets = self._reissue(holder, installed_version, max_tickets, now_s)
-        admitted = self._rule.batch_groups * self._decided + len(self._slots)
-        wanted = self._rule.batch_groups * self._settings.num_updates - admitted
+        tickets = self._reissuable(holder, installed_version, max_tickets)
+        wanted = self._rule.batch_groups * (self._settings.num_updates - self.decided) - len(slots)
         for _ in range(min(max_tickets - len(tickets), grantable, wanted)):
             drawn = self._prompts.draw()
             if drawn is None:
                 break
             prompt, epoch = drawn
-            ticket = Ticket(
-                ticket_id=self._tally.issued,
-                prompt=prompt,
-                epoch=epoch,
-                seed=ticket_seed(self._settings.seed, self._tally.issued),
-                deadline=self._rule.deadline(installed_version),
-                attempt=0,
-                holder=holder,
+            ticket_id = self.ledger.tally.issued + sum(ticket.attempt == 0 for ticket in tickets)
+            tickets.append(
+                Ticket(
+                    ticket_id=ticket_id,
+                    prompt=prompt,
+                    epoch=epoch,
+                    seed=ticket_seed(self._settings.seed, ticket_id),
+                    deadline=self._rule.deadline(installed_version),
+                    attempt=0,
+                    holder=holder,
+                )
             )
-            self._slots[ticket.ticket_id] = _Slot(ticket=ticket, state=TicketState.LEASED, lease_ends_s=now_s + self._settings.lease_s)
-            self._tally.issued += 1
-            tickets.append(ticket)
+        if tickets:
+            self.ledger.record(Granted(tickets=tuple(tickets), request=request, cursor=self._prompts.cursor))
+        for ticket in tickets:
+            slots[ticket.ticket_id].lease_ends_s = now_s + self._settings.lease_s
         return tickets
 
     def mark_scoring(self, tickets: Iterable[Ticket], now_s: float) -> None:
         """The groups are sampled and with the scorer: their generator may die now without losing them."""
-        for ticket in tickets:
-            slot = self._slots.get(ticket.ticket_id)
-            if slot is not None and slot.state is TicketState.LEASED and slot.ticket.attempt == ticket.attempt:
-                slot.state = TicketState.SCORING
-                slot.lease_ends_s = now_s + self._settings.lease_s
+        sampled = [ticket.ticket_id for ticket in tickets if self._state_of(ticket) is TicketState.LEASED]
+        if sampled:
+            self.ledger.record(Sampled(ticket_ids=tuple(sampled)))
+        for ticket_id in sampled:
+            self.ledger.slots[ticket_id].lease_ends_s = now_s + self._settings.lease_s
 
     def put(self, scored: ScoredGroup) -> PutOutcome:
         """Take a finished group in. Idempotent; never blocks on capacity, which admission alone bounds."""
-        ticket = scored.group.ticket
-        slot = self._slots.get(ticket.ticket_id)
-        if slot is None or slot.state is TicketState.WAITING:
-            return self._refuse(PutOutcome.DUPLICATE)
-        if slot.ticket.attempt != ticket.attempt or slot.ticket.holder != ticket.holder or slot.state is TicketState.LOST:
-            return self._refuse(PutOutcome.STALE_ATTEMPT)
-        if self._rule.deadline(scored.group.oldest_version) < slot.ticket.deadline:
-            slot.state = TicketState.LOST
-            return self._refuse(PutOutcome.TOO_OLD)
-        if scored.tied and self._tally.replaced_in_batch < self._settings.max_replacements_per_batch:
-            self._tally.replaced_in_batch += 1
-            self._void(ticket.ticket_id, PutOutcome.TIED)
-            return PutOutcome.TIED
-        slot.state, slot.scored = TicketState.WAITING, scored
-        return PutOutcome.KEPT
+        outcome = self._judge(scored)
+        if outcome in (PutOutcome.KEPT, PutOutcome.TIED):
+            self.ledger.record(Arrived(scored=scored, outcome=outcome))
+        else:
+            self.ledger.record(Refused(ticket_id=scored.group.ticket.ticket_id, outcome=outcome))
+        return outcome
 
     def fail(self, tickets: Iterable[Ticket], reason: str) -> None:
         """Sampling or scoring of these attempts failed: each goes out again, or is voided after `max_attempts`.
@@ -144,27 +116,19 @@ class ReplayBuffer:
             RunError: more than `max_failed_share` of all prompts were voided as failed.
         """
         for ticket in tickets:
-            slot = self._slots.get(ticket.ticket_id)
-            if slot is None or slot.state is TicketState.WAITING or slot.ticket.attempt != ticket.attempt:
+            if self._state_of(ticket) in (None, TicketState.WAITING):
                 continue
-            slot.state = TicketState.LOST
             if ticket.attempt + 1 >= self._settings.max_attempts:
-                self._void(ticket.ticket_id, f"failed: {reason}")
+                self.ledger.record(Voided(ticket_id=ticket.ticket_id, reason=f"failed: {reason}"))
+            else:
+                self.ledger.record(Lost(ticket_ids=(ticket.ticket_id,)))
         self._check_failed_share(reason)
-
-    def _check_failed_share(self, reason: str) -> None:
-        failed = sum(count for why, count in self._tally.voided.items() if why.startswith("failed"))
-        if failed >= 20 and failed > self._settings.max_failed_share * self._tally.issued:
-            raise RunError(
-                f"{failed} of {self._tally.issued} prompts failed {self._settings.max_attempts} times each, more than "
-                f"queue.max_failed_share ({self._settings.max_failed_share:g}) allows; the last reason: {reason}"
-            )
 
     def lose_holder(self, holder: str) -> int:
         """A generator is gone: its leases may go out again. Returns how many were lost."""
-        lost = [slot for slot in self._slots.values() if slot.ticket.holder == holder and slot.state is TicketState.LEASED]
-        for slot in lost:
-            slot.state = TicketState.LOST
+        lost = tuple(number for number, slot in self.ledger.slots.items() if self._is_held(slot, holder))
+        if lost:
+            self.ledger.record(Lost(ticket_ids=lost))
         return len(lost)
 
     def decide(self) -> Batch | None:
@@ -177,7 +141,7 @@ class ReplayBuffer:
         chosen = self._pick()
         if chosen is None:
             return None
-        update = self._decided
+        update = self.decided
         batch = Batch(update=update, groups=tuple(slot.scored for slot in chosen if slot.scored is not None))
         for scored in batch.groups:
             for span in (span for rollout in scored.group.rollouts for span in rollout.version_spans):
@@ -185,77 +149,104 @@ class ReplayBuffer:
                     f"staleness bound broken: update {update} would train tokens of version {span.version}, "
                     f"max_staleness {self._rule.max_staleness} (ticket {scored.group.ticket.ticket_id})"
                 )
-            del self._slots[scored.group.ticket.ticket_id]
-        self._decided += 1
-        self._tally.taken += len(batch.groups)
-        self._tally.replaced_in_batch = 0
-        self._in_training[update] = len(batch.groups)
+        self.ledger.record(Decided(update=update, ticket_ids=tuple(slot.ticket.ticket_id for slot in chosen)))
         return batch
 
-    def mark_trained(self, update: int) -> None:
-        """The learner finished `update`. Idempotent."""
-        num_groups = self._in_training.pop(update, 0)
-        self._tally.taken -= num_groups
-        self._tally.trained += num_groups
+    def mark_trained(self, update: int, digest: int = 0, canary_logprobs: tuple[float, ...] = ()) -> float:
+        """The learner finished `update`, which led to weights of this digest, under which the canary text has these log-probabilities.
 
-    def _pick(self) -> list[_Slot] | None:
-        size = self._rule.batch_groups
-        if len(self._slots) < size and self._prompts.exhausted:
+        Idempotent.
+        Returns:
+            How far these weights are from those that the update led to before: 0 where it was not trained before, or led to the very
+            same ones; else the largest difference of the canary's log-probabilities, nats.
+        """
+        entry = self.ledger.batches.get(update)
+        if entry is None:
+            return 0.0
+        if entry.trained and entry.digest == digest:
+            return 0.0
+        before = entry.canary_logprobs if entry.trained else canary_logprobs
+        self.ledger.record(Trained(update=update, digest=digest, canary_logprobs=canary_logprobs))
+        return max((abs(now - then) for now, then in zip(canary_logprobs, before, strict=True)), default=0.0)
+
+    def _judge(self, scored: ScoredGroup) -> PutOutcome:
+        ticket = scored.group.ticket
+        slot = self.ledger.slots.get(ticket.ticket_id)
+        if slot is None or slot.state is TicketState.WAITING:
+            return PutOutcome.DUPLICATE
+        if slot.ticket.attempt != ticket.attempt or slot.ticket.holder != ticket.holder:
+            return PutOutcome.STALE_ATTEMPT
+        # A lost lease that nobody holds yet: its result is as good as ever, if the deadline below allows.
+        if self._rule.deadline(scored.group.oldest_version) < slot.ticket.deadline:
+            return PutOutcome.TOO_OLD
+        room = self._settings.max_replacements_per_batch - self.ledger.tally.replaced_in_batch
+        return PutOutcome.TIED if scored.tied and room > 0 else PutOutcome.KEPT
+
+    def _check_failed_share(self, reason: str) -> None:
+        tally = self.ledger.tally
+        failed = sum(count for why, count in tally.voided.items() if why.startswith("failed"))
+        if failed >= MIN_FAILURES and failed > self._settings.max_failed_share * tally.issued:
+            raise RunError(
+                f"{failed} of {tally.issued} prompts failed {self._settings.max_attempts} times each, more than "
+                f"queue.max_failed_share ({self._settings.max_failed_share:g}) allows; the last reason: {reason}"
+            )
+
+    def _pick(self) -> list[Slot] | None:
+        size, slots = self._rule.batch_groups, self.ledger.slots
+        if len(slots) < size and self._prompts.exhausted:
             return self._pick_last()
         if self._settings.order == "ticket":
-            first = list(self._slots.values())[:size]
+            first = list(slots.values())[:size]
             complete = len(first) == size and all(slot.state is TicketState.WAITING for slot in first)
             return first if complete else None
-        waiting = [slot for slot in self._slots.values() if slot.state is TicketState.WAITING]
+        waiting = [slot for slot in slots.values() if slot.state is TicketState.WAITING]
         if len(waiting) < size:
             return None
         chosen = sorted(waiting, key=lambda slot: (slot.ticket.deadline, slot.ticket.ticket_id))[:size]
         taken = {slot.ticket.ticket_id for slot in chosen}
-        left = [slot.ticket.deadline for ticket_id, slot in self._slots.items() if ticket_id not in taken]
-        return chosen if self._rule.may_decide(decided=self._decided, left_deadlines=left) else None
+        left = [slot.ticket.deadline for ticket_id, slot in slots.items() if ticket_id not in taken]
+        return chosen if self._rule.may_decide(decided=self.decided, left_deadlines=left) else None
 
-    def _pick_last(self) -> list[_Slot] | None:
+    def _pick_last(self) -> list[Slot] | None:
         """The prompts ran out with less than a batch live: train a short batch, or drop the rest, by config."""
-        rest = list(self._slots.values())
+        rest = list(self.ledger.slots.values())
         if any(slot.state is not TicketState.WAITING for slot in rest):
             return None
         keep = len(rest) - len(rest) % self._settings.batch_multiple if self._settings.last_batch == "short" else 0
-        for slot in rest[keep:]:
-            del self._slots[slot.ticket.ticket_id]
-            self._tally.dropped["last_batch"] += 1
+        if rest[keep:]:
+            self.ledger.record(Dropped(ticket_ids=tuple(slot.ticket.ticket_id for slot in rest[keep:])))
         return rest[:keep] or None
 
-    def _reissue(self, holder: str, installed_version: int, max_tickets: int, now_s: float) -> list[Ticket]:
+    def _reissuable(self, holder: str, installed_version: int, max_tickets: int) -> list[Ticket]:
+        """Lost tickets as `holder` would get them now. Each that goes out counts in the test of the next."""
         tickets: list[Ticket] = []
         deadline = self._rule.deadline(installed_version)
-        for rank, slot in enumerate(self._slots.values()):
+        deadlines = {number: slot.ticket.deadline for number, slot in self.ledger.slots.items()}
+        for rank, (number, slot) in enumerate(self.ledger.slots.items()):
             if len(tickets) == max_tickets:
                 break
-            if slot.state is not TicketState.LOST or not self._may_reissue(rank, slot, deadline):
-                continue
-            slot.ticket = replace(slot.ticket, attempt=slot.ticket.attempt + 1, deadline=deadline, holder=holder)
-            slot.state, slot.lease_ends_s = TicketState.LEASED, now_s + self._settings.lease_s
-            self._tally.reissued += 1
-            tickets.append(slot.ticket)
+            if slot.state is TicketState.LOST and self._may_reissue(rank, slot, deadline, deadlines.values()):
+                deadlines[number] = deadline
+                tickets.append(replace(slot.ticket, attempt=slot.ticket.attempt + 1, deadline=deadline, holder=holder))
         return tickets
 
-    def _may_reissue(self, rank: int, slot: _Slot, deadline: int) -> bool:
+    def _may_reissue(self, rank: int, slot: Slot, deadline: int, live_deadlines: Iterable[int]) -> bool:
         if self._settings.order == "ticket":
-            return self._decided + rank // self._rule.batch_groups <= deadline
-        others = (other.ticket.deadline for other in self._slots.values())
+            return self.decided + rank // self._rule.batch_groups <= deadline
         return self._rule.may_reissue(
-            new_deadline=deadline, old_deadline=slot.ticket.deadline, decided=self._decided, live_deadlines=others
+            new_deadline=deadline, old_deadline=slot.ticket.deadline, decided=self.decided, live_deadlines=live_deadlines
         )
 
     def _expire(self, now_s: float) -> None:
-        for slot in self._slots.values():
-            if slot.state in (TicketState.LEASED, TicketState.SCORING) and slot.lease_ends_s <= now_s:
-                slot.state = TicketState.LOST
+        busy = (TicketState.LEASED, TicketState.SCORING)
+        late = tuple(number for number, slot in self.ledger.slots.items() if slot.state in busy and slot.lease_ends_s <= now_s)
+        if late:
+            self.ledger.record(Lost(ticket_ids=late))
 
-    def _void(self, ticket_id: int, reason: str) -> None:
-        del self._slots[ticket_id]
-        self._tally.voided[reason] += 1
+    def _state_of(self, ticket: Ticket) -> TicketState | None:
+        """State of the group of this very attempt; None: it is not live, or was leased again."""
+        slot = self.ledger.slots.get(ticket.ticket_id)
+        return slot.state if slot is not None and slot.ticket.attempt == ticket.attempt else None
 
-    def _refuse(self, outcome: PutOutcome) -> PutOutcome:
-        self._tally.refused[outcome] += 1
-        return outcome
+    def _is_held(self, slot: Slot, holder: str) -> bool:
+        return slot.ticket.holder == holder and slot.state is TicketState.LEASED

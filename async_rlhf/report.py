@@ -109,11 +109,11 @@ def _read_record(folder: Path) -> RunRecord:
 
 
 def _read_evaluations(file: Path) -> tuple[Evaluation, Evaluation] | None:
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for entry in found.values():
         entry["samples"] = tuple(Sample(**sample) for sample in entry["samples"])
+    if found.keys() < {"start", "final"}:
+        return None
     start, final = Evaluation(**found["start"]), Evaluation(**found["final"])
     return (start, final) if start.samples and final.samples else None
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from async_rlhf.checkpoints import Checkpoint
 from async_rlhf.config import Config
 
 
@@ -18,6 +19,14 @@ class RunPlan:
     """Import path of the training reward."""
     metric: str
     """Import path of the task's own metric, for evaluations."""
+    session: int = 0
+    """Drivers that the run had before this one."""
+    checkpoint: Checkpoint | None = None
+    """Where the run goes on; None: at version 0."""
+    undo: bool = False
+    """Settings changed that the learner's updates depend on: batches after the checkpoint are not trained again as they were."""
+    evaluate_start: bool = True
+    """False: the start was evaluated by an earlier driver."""
 
     @property
     def run_id(self) -> str:

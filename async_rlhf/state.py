@@ -23,6 +23,7 @@ class TrainingState:
     num_updates: int
     """Updates that the run will make."""
     optimizer_steps: int
+    """Taken since version 0."""
     prompts: int
     """Prompts trained."""
     completions: int
@@ -39,6 +40,14 @@ class TrainingState:
     """The newest version with the broadcaster."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     """Groups by place: leased, scoring, waiting, taken, trained."""
+    elapsed_s: float = 0.0
+    """From the first ticket on, over all drivers of the run."""
+    session: int = 0
+    """Drivers that the run had before this one."""
+    restarts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Part of the crew -> how often this driver had to start it again."""
+    checkpoint: int | None = None
+    """Version of the newest checkpoint; None: there is none yet."""
     score_moments: ScoreMoments = field(default_factory=ScoreMoments)
     """What shapes the scores of the batches to come; see scores.py."""
     actors: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -6,6 +6,7 @@ All are frozen, hold numpy arrays and plain values only, and pickle. Versions co
 initial policy, update u consumes batch u and turns version u into version u + 1.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -179,6 +180,14 @@ class WeightsManifest:
     """The canary text, token ids."""
     canary_logprobs: tuple[float, ...]
     """The learner's log-probability of canary_ids[1:] given what precedes each, temperature 1, in nats."""
+
+    @property
+    def digest(self) -> int:
+        """CRC-32 over every tensor's name and checksum, in order: equal weights have equal digests, whatever their version."""
+        digest = 0
+        for spec in self.tensors:
+            digest = zlib.crc32(f"{spec.name} {spec.checksum}\n".encode(), digest)
+        return digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

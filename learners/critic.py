@@ -25,27 +25,27 @@ class Critic:
         folder = Path(own.path) if own.path else policy_folder
         scorer = make_value_scorer(folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
         engine = make_engine(scorer, settings, own.learning_rate, config.optimizer_steps)
-        self._model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate")
+        self.model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate")
         self._objective = objective
 
     def estimate(self, units: Sequence[Unit]) -> tuple[list[Unit], dict[str, float]]:
         """This rank's share of a batch with values, advantages and returns, and global metrics."""
         valued = [
             tuple(replace(sequence, values=row) for sequence, row in zip(unit, rows, strict=True))
-            for unit, rows in zip(units, self._model.rows(units), strict=True)
+            for unit, rows in zip(units, self.model.rows(units), strict=True)
         ]
-        return self._objective.estimate(valued, lambda values: sum_over_ranks(values, self._model.device))
+        return self._objective.estimate(valued, lambda values: sum_over_ranks(values, self.model.device))
 
     def step(self, units: Sequence[Unit], totals: Totals) -> dict[str, float]:
         """One optimizer step; returns global metrics."""
-        metrics = self._model.step(units, lambda output, microbatch: self._objective.loss(output[0], microbatch, totals))
+        metrics = self.model.step(units, lambda output, microbatch: self._objective.loss(output[0], microbatch, totals))
         for key in ("loss", "grad_norm", "learning_rate"):
             metrics[f"value/{key}"] = metrics.pop(key)
         return metrics
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a sequence-classification folder, which `algorithm.ppo.critic.path` loads again."""
-        model = model_of(self._model.engine)
+        model = model_of(self.model.engine)
         weights = full_state_dict(model, keep=dist.get_rank() == 0)
         if dist.get_rank() == 0:
             model.save_pretrained(folder, state_dict=weights)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from async_rlhf.policy import make_scorer, score_microbatch
 from async_rlhf.snapshot import choose_canary, score_canary
 from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
 from learners.algorithms import make_objective
+from learners.checkpoint import FACTS_NAME, FORMAT, CheckpointWriter, Content, FileFacts, LearnerFacts, SavedLearner, file_names
 from learners.collective import sum_over_ranks
 from learners.critic import Critic
 from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals
+from learners.random_state import random_state, set_random_state
 from learners.trained_model import Output, TrainedModel
 from learners.weights import full_state_dict, snapshot
 
@@ -38,7 +41,9 @@ class Learner:
         engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
         self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate")
         self._critic = None if self._objective.critic is None else Critic(config, model_folder, self._objective.critic)
+        self._models = {"policy": self._policy} if self._critic is None else {"policy": self._policy, "critic": self._critic.model}
         self._optimizer_steps = 0
+        self._writer = CheckpointWriter()
         self._canary_ids = choose_canary(int(scorer.model.config.vocab_size))
 
     def train_step(self, update: int, minibatches: Sequence[Sequence[ScoredGroup]]) -> StepReport:
@@ -93,6 +98,58 @@ class Learner:
             self._critic.save_pretrained(critic_folder)
             if dist.get_rank() == 0:
                 self._save_tokenizer(critic_folder)
+
+    def save(self, folder: Path, version: int) -> None:
+        """Copy the whole state to the CPU, each rank its share, and begin to write it; `saved` waits for the files.
+
+        Training may go on at once: the files hold the state as it is now. Waits first for what is still being written.
+
+        Args:
+            version: completed updates in the weights.
+        """
+        self._writer.settle()
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        names = file_names(num_ranks, rank, self._models)
+        files: dict[str, Content] = {names["rank"]: random_state()}
+        files |= {names[name]: model.capture() for name, model in self._models.items()}
+        if rank == 0:
+            facts = LearnerFacts(
+                format=FORMAT,
+                version=version,
+                num_ranks=num_ranks,
+                zero_stage=self._config.learner.zero_stage,
+                precision=self._config.learner.precision,
+                optimizer_steps=self._optimizer_steps,
+                model_steps={name: model.num_steps for name, model in self._models.items()},
+            )
+            files[FACTS_NAME] = asdict(facts)
+        self._writer.start(folder, files)
+
+    def saved(self) -> dict[str, FileFacts]:
+        """Wait for the files of `save`: those of this rank, name relative to the folder -> (size in bytes, CRC-32).
+
+        Raises:
+            RunError: a file could not be written; the learner itself is as it was, and may save again.
+        """
+        return self._writer.finish()
+
+    def load(self, folder: Path) -> int:
+        """Go on exactly where the learner stood that wrote `folder`, whatever its number of ranks and ZeRO stage.
+
+        Returns:
+            The version: completed updates in the weights.
+        Raises:
+            ConfigError: the checkpoint is incomplete, damaged, or of another model or algorithm. Nothing was changed.
+        """
+        saved = SavedLearner(folder)
+        saved.check_models(self._models)
+        opened = {name: saved.model(name, model.shapes) for name, model in self._models.items()}
+        randomness = saved.random_state(dist.get_rank())
+        for name, model in self._models.items():
+            model.restore(opened[name])
+        self._optimizer_steps = saved.facts.optimizer_steps
+        set_random_state(randomness)
+        return saved.facts.version
 
     def _save_tokenizer(self, folder: Path) -> None:
         AutoTokenizer.from_pretrained(self._folder).save_pretrained(folder)

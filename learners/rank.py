@@ -44,8 +44,12 @@ class LearnerRank:
         self._store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
         return address, port
 
-    def join(self, address: str, port: int) -> None:
-        """Meet the other ranks and load the policy."""
+    def join(self, address: str, port: int, checkpoint: str | None = None) -> int:
+        """Meet the other ranks and load the policy; returns the version it starts from.
+
+        Args:
+            checkpoint: go on from this folder, see Learner.load; None: version 0.
+        """
         from learners.engine import join_process_group
         from learners.learner import Learner
 
@@ -57,6 +61,7 @@ class LearnerRank:
             timeout_s=self._config.timeouts.step_s,
         )
         self._learner = Learner(self._config, self._folder)
+        return 0 if checkpoint is None else self._learner.load(Path(checkpoint))
 
     def train_step(self, update: int, minibatches: Sequence[Sequence[ScoredGroup]]) -> StepReport:
         """See Learner.train_step."""
@@ -69,6 +74,14 @@ class LearnerRank:
     def save_pretrained(self, folder: str) -> None:
         """See Learner.save_pretrained."""
         self._joined.save_pretrained(Path(folder))
+
+    def save(self, folder: str, version: int) -> None:
+        """See Learner.save."""
+        self._joined.save(Path(folder), version)
+
+    def saved(self) -> dict[str, tuple[int, int]]:
+        """See Learner.saved."""
+        return self._joined.saved()
 
     @property
     def _joined(self) -> "Learner":

@@ -12,6 +12,8 @@ from async_rlhf.batching import Microbatch, Unit, collate, empty_microbatch, spl
 from async_rlhf.config.schema import LearnerConfig
 from async_rlhf.errors import RunError
 from async_rlhf.losses.base import LossOutput, Mean, Peak
+from learners import engine_state
+from learners.checkpoint import SavedModel
 from learners.collective import combine, max_over_ranks, reduce_metrics, sum_over_ranks
 from learners.engine import Engine, own_grad_norm
 
@@ -20,7 +22,7 @@ Output = tuple[Tensor, ...]
 
 
 class TrainedModel:
-    """A policy or a critic. `rows` and `step` are called on all ranks at once."""
+    """A policy or a critic. Every method is called on all ranks at once."""
 
     def __init__(self, engine: Engine, forward: Callable[[Microbatch], Output], settings: LearnerConfig, rate_key: str) -> None:
         """
@@ -34,6 +36,16 @@ class TrainedModel:
         self._settings = settings
         self._rate_key = rate_key
         self._num_steps = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps behind it."""
+        return self._num_steps
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See engine_state.shapes_of."""
+        return engine_state.shapes_of(self.engine)
 
     @torch.no_grad()
     def rows(self, units: Sequence[Unit]) -> list[list[np.ndarray]]:
@@ -82,6 +94,21 @@ class TrainedModel:
                 f"model is lost: lower {self._rate_key}, or raise learner.warmup_steps"
             )
         return metrics
+
+    def capture(self) -> dict[str, Tensor]:
+        """This rank's share of the state; see engine_state.capture."""
+        return engine_state.capture(self.engine, self._num_steps)
+
+    def restore(self, saved: SavedModel) -> None:
+        """Go on where the saved model stood, exactly."""
+        engine_state.restore(self.engine, saved.read, saved.num_steps, self._idle_step)
+        self._num_steps = saved.num_steps
+
+    def _idle_step(self) -> None:
+        """An optimizer step whose gradients are zero."""
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(self._forward(self._collate((), ()))[0].sum() * 0.0)
+        self.engine.step()
 
     def _shares(self, units: Sequence[Unit]) -> list[list[int]]:
         """Indices of the units of each forward; as many forwards on every rank, the last ones of nothing.

@@ -95,7 +95,7 @@ def _ask_actor(folder: Path) -> TrainingState | None:
         return None
     import ray
 
-    from actors.run import STATE_ACTOR
+    from actors.cast import STATE_ACTOR
 
     try:
         ray.init(address=entry["address"], namespace=entry["namespace"], log_to_driver=False, logging_level=logging.ERROR)

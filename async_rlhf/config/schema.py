@@ -125,6 +125,8 @@ class QueueConfig:
     """Share of issued prompts that may fail before the run stops (looked at after 20 failures)."""
     lease_s: float = number(1200.0, gt=0.0, le=1e6)
     """A ticket not answered for this long goes out again; longer than any completion may take (timeouts.generate_s)."""
+    sync_s: float = number(1.0, gt=0.0, le=60.0)
+    """Longest time that scored groups are in the journal without being forced to the disk; batch decisions never wait for it."""
     last_batch: Literal["short", "drop"] = "short"
     """When the prompts run out: train the incomplete last batch, or drop it."""
     max_epochs: int = number(0, ge=0, le=1_000_000)
@@ -168,6 +170,34 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    every_updates: int = number(50, ge=0, le=10_000_000)
+    """Updates between two checkpoints; 0: not by updates. The last update makes one in any case."""
+    every_minutes: float = number(15.0, ge=0.0, le=1e6)
+    """Minutes between two checkpoints; 0: not by time."""
+    keep_last: int = number(2, ge=1, le=1000)
+    """Checkpoints kept; the journal reaches back to the oldest."""
+    asynchronous: bool = True
+    """Write to the disk while the next update is trained; false: wait."""
+
+
+@dataclass(frozen=True)
+class SupervisionConfig:
+    """What happens when a process dies, or freezes."""
+
+    max_restarts: int = number(5, ge=0, le=1_000_000)
+    """Restarts of one actor, or of the learner group, within `window_s`; one more failure ends the run."""
+    window_s: float = number(600.0, gt=0.0, le=1e6)
+    backoff_s: float = number(1.0, ge=0.0, le=1e6)
+    """Wait before the second restart within the window, seconds; doubles with each further one. The first one is immediate."""
+    max_backoff_s: float = number(60.0, ge=0.0, le=1e6)
+    ping_s: float = number(5.0, gt=0.0, le=1e6)
+    """Seconds between two looks at every process."""
+    silence_s: float = number(60.0, gt=0.0, le=1e6)
+    """A process that does not answer for this long is frozen: it is killed and restarted."""
+
+
+@dataclass(frozen=True)
 class TimeoutsConfig:
     """Deadlines of the blocking edges, seconds."""
 
@@ -183,6 +213,8 @@ class TimeoutsConfig:
     """Export, transfer and install of one weights version."""
     call_s: float = number(60.0, gt=0.0, le=1e6)
     """Any short call to an actor."""
+    stop_s: float = number(25.0, ge=0.0, le=1e6)
+    """After SIGINT or SIGTERM: time to finish the update and write a last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +243,8 @@ class Config:
     queue: QueueConfig = field(default_factory=QueueConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     env: dict[str, str] = field(default_factory=dict[str, str])
     """Environment variables of the actors; never secrets."""

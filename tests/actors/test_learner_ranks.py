@@ -1,7 +1,6 @@
 """Real DeepSpeed on real ranks: the same batch gives the same update, however it is split."""
 
 import asyncio
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -9,49 +8,18 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from actors.launch import ActorSpec, Cluster
-from actors.remote import RemoteActor, kill
+from actors.launch import Cluster
 from async_rlhf.config import Config
 from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.sharding import shard_batch
 from async_rlhf.types import Batch, StepReport, WeightsVersion
-from learners.group import LearnerGroup
-from learners.rank import LearnerRank
 from tests.support.cluster import local_cluster, make_model_folder, small_config
-from tests.support.samples import make_scored, make_ticket
+from tests.support.ranks import Ranks, learner_worlds, make_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 ALGORITHMS = get_args(get_type_hints(AlgorithmConfig)["name"])
 LOSSES = ("train/loss", "train/grad_norm", "value/loss", "value/grad_norm")
-
-
-class SwitchingRank(LearnerRank):
-    """A rank that starts over as another learner: processes and their imports are what costs time here."""
-
-    def switch(self, config: Config, max_logits_bytes: int) -> None:
-        """A fresh learner of `config`, whose head works in chunks of `max_logits_bytes`."""
-        import learners.learner as module
-        from async_rlhf.policy import CompletionScorer
-
-        module.CompletionScorer = functools.partial(CompletionScorer, max_logits_bytes=max_logits_bytes)  # type: ignore[misc]
-        self._learner = module.Learner(config, self._folder)
-
-
-class Ranks:
-    """All ranks of one world size, kept over several learners."""
-
-    def __init__(self, cluster: Cluster, folder: Path, size: int) -> None:
-        config = small_config(f"learner.num_ranks={size}", "batch_groups=8")
-        self.actors: list[RemoteActor] = [
-            cluster.start(ActorSpec(name=f"of-{size}-rank-{rank}", cls=SwitchingRank, args=(config, str(folder), rank)))
-            for rank in range(size)
-        ]
-        self.group = LearnerGroup(self.actors, config)
-        asyncio.run(self.group.join())
-
-    async def all(self, method: str, *args: object) -> list[object]:
-        return await asyncio.gather(*(actor.call(method, *args, timeout_s=120) for actor in self.actors))
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worlds(cluster: Cluster, folder: Path) -> Iterator[dict[int, Ranks]]:
-    worlds = {size: Ranks(cluster, folder, size) for size in (1, 2)}
-    yield worlds
-    for ranks in worlds.values():
-        for actor in ranks.actors:
-            kill(actor)
-
-
-def make_batch(update: int) -> Batch:
-    """Eight groups; some are tied, lengths differ."""
-    scores = [(1, 0, 0, 1), (0, 0, 0, 0), (0, 1, 0, 0), (1, 1, 1, 0)]
-    groups = [make_scored(make_ticket(8 * update + i, seed=i), scores=scores[i % 4], version=update, seed=1) for i in range(8)]
-    return Batch(update=update, groups=tuple(groups))
+    with learner_worlds(cluster, folder, (1, 2)) as worlds:
+        yield worlds
 
 
 def train(

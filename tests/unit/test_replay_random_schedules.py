@@ -6,7 +6,7 @@ knows the contract of design section 3 and nothing of the code. Broken variants 
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rlhf.errors import StalenessError
+from async_rlhf.events import Event
+from async_rlhf.ledger import Ledger
+from async_rlhf.lineage import annul
 from async_rlhf.prompts import PromptStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
@@ -47,6 +50,8 @@ class World:
     num_prompts: int = 0
     """0: without end."""
     whole_rounds: bool = False
+    annul_weight: int = 0
+    """How often history is undone, beside the other things that happen."""
     num_steps: int = 120
 
 
@@ -91,6 +96,9 @@ class Simulation:
             whole_rounds=world.whole_rounds,
         )
         self.buffer = buffer(rule(batch_groups=world.batch_groups, max_staleness=world.max_staleness), prompts, replay)
+        self.events: list[Event] = []
+        self.buffer.ledger.on_event = self.events.append
+        self.batches: list[tuple[ScoredGroup, ...]] = []
         habits = ["prompt", self.rng.choice(["prompt", "lagging", "stuck"]), self.rng.choice(["lagging", "stuck"])]
         self.generators = [Generator(name=f"g{i}", habit=habit) for i, habit in enumerate(habits)]
         self.now_s = 0.0
@@ -101,7 +109,7 @@ class Simulation:
         self.kept: dict[int, int] = {}  # ticket id -> attempt of the group that waits
         self.voided: set[int] = set()
         self.trained: set[int] = set()
-        self.decided = 0
+        self.decided = self.most_decided = 0
         self.newest = 0  # versions 0..newest exist
 
     # What can happen
@@ -188,12 +196,39 @@ class Simulation:
                 self.buffer.mark_scoring([lease.ticket], self.now_s)
             self.put(lease, tied=self.rng.random() < self.world.tie_share)
 
+    def annul(self) -> None:
+        """The learner fell back and will not train the last batches as they were; every generator starts over."""
+        if self.buffer.finished:
+            return
+        version = self.rng.randint(max(0, self.newest - 2), self.newest)
+        undone = [scored for groups in self.batches[version:] for scored in groups]
+        annul(self.buffer.ledger, version, undone, newest_faithful=version)
+        self.batches = self.batches[:version]
+        self.newest = self.decided = version
+        for scored in undone:
+            ticket = scored.group.ticket
+            self.trained.discard(ticket.ticket_id)
+            self.live[ticket.ticket_id] = ticket
+            self.kept[ticket.ticket_id] = ticket.attempt
+        for ticket_id in [key for key in self.kept if self.buffer.ledger.slots.get(key) is None]:
+            del self.kept[ticket_id]
+            self.void(self.live[ticket_id])
+        for ticket_id in self.live.keys() - self.kept.keys():
+            self.live[ticket_id] = replace(self.live[ticket_id], holder="")
+        for generator in self.generators:
+            self.undead += generator.leases
+            generator.leases, generator.installed = [], version
+            generator.restarts += 1
+        self.undead += self.sampled
+        self.sampled = []
+
     def decide(self) -> bool:
         batch = self.buffer.decide()
         if batch is None:
             return False
         assert batch.update == self.decided < self.world.num_updates
         assert len(batch.groups) == self.world.batch_groups or (self.world.num_prompts and not self.live.keys() - self.kept.keys())
+        self.batches.append(batch.groups)
         for scored in batch.groups:
             ticket = scored.group.ticket
             versions = [span.version for rollout in scored.group.rollouts for span in rollout.version_spans]
@@ -229,6 +264,7 @@ class Simulation:
             (2, self.fail),
             (1, lambda: self.die(generator)),
             (3, self.haunt),
+            (self.world.annul_weight, self.annul),
             (2, self.wait),
         ]
         weights, calls = zip(*actions, strict=True)
@@ -273,6 +309,24 @@ class Simulation:
             self.train()
         self.check()
         assert self.buffer.counters.trained == len(self.trained)
+        self.check_history()
+
+    def check_history(self) -> None:
+        """The ledger is what its events made of it."""
+        rebuilt = Ledger()
+        for event in self.events:
+            rebuilt.apply(event)
+        ledger = self.buffer.ledger
+        assert rebuilt.counters == ledger.counters
+        assert (rebuilt.decided, rebuilt.lineage, rebuilt.cursor) == (ledger.decided, ledger.lineage, ledger.cursor)
+        assert rebuilt.requests == ledger.requests and rebuilt.tally == ledger.tally
+        assert {number: asdict(entry) for number, entry in rebuilt.batches.items()} == {
+            number: asdict(entry) for number, entry in ledger.batches.items()
+        }
+        assert list(rebuilt.slots) == list(ledger.slots)
+        for number, slot in ledger.slots.items():
+            assert rebuilt.slots[number].state is slot.state
+            assert rebuilt.slots[number].ticket is slot.ticket and rebuilt.slots[number].scored is slot.scored
 
     # The invariants
 
@@ -286,7 +340,9 @@ class Simulation:
         assert counters.waiting == len(self.kept) or self.buffer.finished
         assert sum(counters.voided.values()) == len(self.voided)
         assert counters.taken + counters.trained == len(self.trained)
-        assert len(self.live) <= (world.max_staleness + 1) * size
+        # Of an undone history more may be live, until it is trained again.
+        self.most_decided = max(self.most_decided, decided)
+        assert decided * size + len(self.live) <= (self.most_decided + world.max_staleness + 1) * size
         assert decided * size + len(self.live) <= world.num_updates * size or world.num_prompts
         deadlines = [ticket.deadline for ticket in self.live.values()]
         for day in range(decided - 1, decided + world.max_staleness + 2):
@@ -321,6 +377,7 @@ worlds = st.builds(
     order=st.sampled_from(["ready", "ticket"]),
     tie_share=st.sampled_from([0.0, 0.2, 0.5]),
     num_prompts=st.sampled_from([0, 0, 7, 23]),
+    annul_weight=st.sampled_from([0, 0, 1, 3]),
     num_steps=st.sampled_from([0, 40, 120, 300]),
 )
 
@@ -362,7 +419,7 @@ class NoOlderGenerator(StalenessRule):
 
 class ZombieFriend(ReplayBuffer):
     def put(self, scored: ScoredGroup) -> PutOutcome:
-        slot = self._slots.get(scored.group.ticket.ticket_id)
+        slot = self.ledger.slots.get(scored.group.ticket.ticket_id)
         if slot is not None and slot.scored is None:
             slot.ticket = scored.group.ticket
         return super().put(scored)
@@ -370,8 +427,8 @@ class ZombieFriend(ReplayBuffer):
 
 class Forgetful(ReplayBuffer):
     def lose_holder(self, holder: str) -> int:
-        for ticket_id in [key for key, slot in self._slots.items() if slot.ticket.holder == holder]:
-            del self._slots[ticket_id]
+        for ticket_id in [key for key, slot in self.ledger.slots.items() if slot.ticket.holder == holder]:
+            del self.ledger.slots[ticket_id]
         return 0
 
 

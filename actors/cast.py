@@ -1,0 +1,98 @@
+"""Who plays in a run: what to start for each part, and the start of all of them at once."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from actors.canary import check_room, shapes_of_folder
+from actors.generator import Generator
+from actors.launch import ActorSpec, first_failure, ready
+from actors.learner_crew import LearnerCrew
+from actors.pipeline import Crew
+from actors.replay_queue import ReplayQueue
+from actors.scorer import Scorer
+from actors.supervision import Member, Supervisor
+from actors.training_state import TrainingStateStore
+from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
+from async_rlhf.checkpoints import Checkpoint
+from async_rlhf.run_plan import RunPlan
+
+STATE_ACTOR = "training_state"
+"""Name of the TrainingState actor in the run's namespace."""
+
+
+class Cast:
+    """All parts of a run."""
+
+    def __init__(self, plan: RunPlan, supervisor: Supervisor, learner: LearnerCrew) -> None:
+        self._plan = plan
+        self._supervisor = supervisor
+        self.learner = learner
+        config, folder = plan.config, str(plan.model_folder)
+
+        def generator(place: str) -> Callable[[str], ActorSpec]:
+            of = config.generator
+            return lambda name: ActorSpec(
+                name=name,
+                place=place,
+                cls=Generator,
+                args=(config, folder, name),
+                num_cpus=of.num_cpus,
+                num_gpus=of.num_gpus,
+                max_concurrency=8,
+            )
+
+        def scorer(place: str) -> Callable[[str], ActorSpec]:
+            of, args = config.scorer, (config, folder, plan.reward, plan.metric)
+            return lambda name: ActorSpec(name=name, place=place, cls=Scorer, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
+
+        queue_args = (config, folder, str(plan.run_folder), plan.session)
+        self.generators = [Member(supervisor, name, generator(name)) for name in _numbered("generator", config.generator.count)]
+        self.scorers = [Member(supervisor, name, scorer(name)) for name in _numbered("scorer", config.scorer.count)]
+        self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args))
+        self.broadcaster = Member(
+            supervisor,
+            "weight_broadcaster",
+            lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s,)),
+        )
+        # Under its own name, whichever incarnation: others look it up.
+        self.state = Member(
+            supervisor, STATE_ACTOR, lambda name: ActorSpec(name=STATE_ACTOR, cls=TrainingStateStore, args=(str(plan.run_folder),))
+        )
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """All but the learner."""
+        return [*self.generators, *self.scorers, self.queue, self.broadcaster, self.state]
+
+    async def start(self, checkpoint: Checkpoint | None, on_ready: Callable[[str], None]) -> tuple[Crew, int]:
+        """Start all actors at once: each spends seconds on its imports. Returns the crew, and the learner's version.
+
+        Raises:
+            ConfigError: the cluster has no room for them, or not for the weights. RunError: one did not start.
+        """
+        plan, cluster = self._plan, self._supervisor.cluster
+        shapes = shapes_of_folder(plan.model_folder)
+        check_room(shapes, plan.config.generator.dtype, KEPT_VERSIONS, cluster.object_store_bytes())
+        specs = [member.next_spec() for member in self.members]
+        ranks = self.learner.next_specs()
+        await cluster.reserve([*specs, *ranks])
+        for member, spec in zip(self.members, specs, strict=True):
+            member.cast(cluster.start(spec))
+        rank_actors = [cluster.start(spec) for spec in ranks]
+        actors = [*(member.actor for member in self.members), *rank_actors]
+        waits = [ready(actor, plan.config.timeouts.start_s, on_ready) for actor in actors]
+        joining = asyncio.ensure_future(self.learner.join(rank_actors, checkpoint.folder if checkpoint else None))
+        await first_failure(joining, *waits)
+        crew = Crew(
+            supervisor=self._supervisor,
+            generators=self.generators,
+            scorers=self.scorers,
+            queue=self.queue,
+            broadcaster=self.broadcaster,
+            learner=self.learner,
+        )
+        return crew, joining.result()
+
+
+def _numbered(what: str, count: int) -> list[str]:
+    return [f"{what}-{index}" for index in range(count)]

@@ -1,0 +1,123 @@
+"""`async-rlhf resume`: take a run up where its newest whole checkpoint and its journal left it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from async_rlhf.checkpoints import Checkpoint, newest
+from async_rlhf.commands.drive import drive
+from async_rlhf.config import Config, load_config, to_yaml
+from async_rlhf.config.load import split_arguments
+from async_rlhf.errors import ConfigError
+from async_rlhf.journal import check_mark
+from async_rlhf.model_folders import check_model_folder
+from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.run_plan import RunPlan
+from async_rlhf.state import read_state, write_atomically
+
+FIXED = ("batch_groups", "max_staleness", "task", "seed")
+"""The arithmetic of slots, or the order of prompts, depends on these."""
+
+HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "num_cpus", "num_gpus")
+"""Of `learner`: an update comes out the same, up to rounding."""
+
+
+def run_resume(folder: Path, words: Sequence[str], version: int | None, console: Console) -> int:
+    """Resume; returns the exit code, as `train` does.
+
+    Args:
+        words: config files and overrides, applied to the run's own config.
+        version: of the checkpoint to go on from; None: the newest whole one.
+    Raises:
+        ConfigError: no such run or checkpoint, or a change that a run cannot survive. JournalError: the journal is damaged.
+    """
+    folder = folder.resolve()
+    state, before, config = read_state(folder), *_configs(folder, words)
+    changed = _changes(before, config)
+    fixed = [change for change in changed if change.split(" ")[0].split(".")[0] in FIXED]
+    if fixed:
+        raise ConfigError(f"resume cannot change {', '.join(fixed)}; start a new run for that (model.path={folder / 'model'})")
+    checkpoint, skipped = newest(folder, version)
+    _say(console, *(f"skipped: {problem}" for problem in skipped))
+    if state.phase == "finished" and state.version >= config.updates:
+        _say(console, f"{folder} is finished: all {state.version} updates are trained; for more: async-rlhf resume {folder} updates=N")
+        return 0
+    check_journal(folder, checkpoint)
+    origin = read_origin(folder)
+    model_folder = Path(config.model.path or origin["model_folder"])
+    check_model_folder(model_folder)
+    reward = absolute_reward(config.reward.function) if config.reward.function else origin["reward"]
+    load_reward(reward)
+    undo = any(_changes_training(change) for change in changed)
+    at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no whole checkpoint"
+    _say(console, f"run folder: {folder}", f"going on from {at}", *(f"changed: {change}" for change in changed))
+    if undo:
+        _say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
+    write_atomically(folder / "config.yaml", to_yaml(config))
+    plan = RunPlan(
+        config=config,
+        run_folder=folder,
+        model_folder=model_folder,
+        reward=reward,
+        metric=origin["metric"],
+        session=state.session + 1,
+        checkpoint=checkpoint,
+        undo=undo,
+        evaluate_start=not (folder / "samples.json").is_file(),
+    )
+    return drive(plan, console)
+
+
+def check_journal(folder: Path, checkpoint: Checkpoint | None) -> None:
+    """Raise JournalError unless the journal holds the history that the checkpoint belongs to; ConfigError if there is none."""
+    if not (folder / "journal").is_dir():
+        raise ConfigError(f"{folder} has no journal: the run ended before its first ticket; start it again with `async-rlhf train`")
+    if checkpoint is not None:
+        check_mark(folder / "journal", checkpoint.mark)
+
+
+def read_origin(folder: Path) -> dict[str, str]:
+    """What the run began from; see recorder.write_origin.
+
+    Raises:
+        ConfigError: the folder does not say.
+    """
+    try:
+        return json.loads((folder / "origin.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is no folder of a run: origin.json cannot be read ({error})") from None
+
+
+def _configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
+    """The run's config as it was, and as it shall be."""
+    files, overrides = split_arguments(list(words))
+    own = folder / "config.yaml"
+    return load_config([own]).config, load_config([own, *files], overrides).config
+
+
+def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
+    changes: list[str] = []
+    for item in dataclasses.fields(before):
+        old, new = getattr(before, item.name), getattr(after, item.name)
+        if dataclasses.is_dataclass(old):
+            changes += _changes(old, new, f"{prefix}{item.name}.")
+        elif old != new:
+            changes.append(f"{prefix}{item.name} {old} -> {new}")
+    return changes
+
+
+def _changes_training(change: str) -> bool:
+    """Whether batches trained again under this change would lead to other weights."""
+    section, _, key = change.split(" ")[0].partition(".")
+    if section == "learner":
+        return key not in HARMLESS
+    return section in ("algorithm", "updates") or change.startswith(("reward.normalize", "reward.missing_eos_percentile"))
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,239 @@
+"""The history of a run: a ledger, the journal that makes it durable, and the batches that may have to be trained again.
+
+Events are collected while a call to the buffer lasts and written by `flush` before its caller is answered. Memory holds the groups
+that wait and the last batch; every other one is read back from the journal. A segment begins with the whole ledger, so that the
+segments before it can go once no kept checkpoint needs their batches: they become the rollouts dataset.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from async_rlhf import history_codec as codec
+from async_rlhf import rollout_table
+from async_rlhf.config.schema import RewardConfig
+from async_rlhf.errors import ConfigError, JournalError
+from async_rlhf.events import Annulled, Arrived, Decided, Event, SessionBegan
+from async_rlhf.journal import Frame, Journal, Mark, Position
+from async_rlhf.ledger import Ledger
+from async_rlhf.lineage import annul
+from async_rlhf.metrics import BatchSummary, summarize
+from async_rlhf.scores import ScoreMoments, moments_from_json, shape_scores
+from async_rlhf.tickets import TicketState
+from async_rlhf.types import Batch, ScoredGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Decision:
+    summary: BatchSummary
+    moments: ScoreMoments
+    """Of the batches before it: what its scores were shaped by."""
+    ticket_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    position: Position
+    index: int
+    """Of the group in its record."""
+
+
+class History:
+    """One run's past. Whoever changes the ledger calls `flush` before anybody learns of it."""
+
+    def __init__(self, journal: Journal, reward: RewardConfig, identity: Mapping[str, object], session: int) -> None:
+        """Begin a history, or take the one in the journal up.
+
+        Args:
+            reward: how a batch's scores are shaped.
+            identity: settings that may not change as long as the journal lives.
+            session: of this driver; a higher one than the journal's revokes every lease.
+        Raises:
+            JournalError: the journal is damaged. ConfigError: it was written under another identity.
+        """
+        self._journal = journal
+        self._reward = reward
+        self._identity = dict(identity)
+        self.ledger = Ledger()
+        self._moments = ScoreMoments()
+        self._scores: list[np.ndarray] = []
+        """Of every group that came in since the last decision."""
+        self._decisions: dict[int, _Decision] = {}
+        self._places: dict[int, _Place] = {}
+        self._openings: dict[int, int] = {}
+        """Segment -> batches decided when it began."""
+        self._last: Batch | None = None
+        self._outbox: list[Event] = []
+        for frame in journal.frames():
+            self._recover(frame)
+        if not self._openings:
+            self._write_opening(journal.end.segment)
+        self.ledger.on_event = self._on_event
+        if session > self.ledger.session:
+            busy = tuple(number for number, slot in self.ledger.slots.items() if slot.state is not TicketState.WAITING)
+            self.ledger.record(SessionBegan(session=session, lost=busy))
+        self.flush()
+
+    @property
+    def end(self) -> Mark:
+        """How far the journal goes."""
+        return self._journal.end
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Write what happened; with `durable`, down to the disk.
+
+        Raises:
+            JournalError: there is no room for it.
+        """
+        while self._outbox:
+            kind = codec.kind_of(self._outbox[0])
+            if kind in (codec.KEPT, codec.TIED):
+                _, group = next(itertools.groupby(self._outbox, codec.kind_of))
+                same = list(group)
+                self._append_groups(kind, [event.scored for event in same if isinstance(event, Arrived)])
+            else:
+                same = self._outbox[:1]
+                self._journal.append(kind, codec.encode(same[0]))
+            del self._outbox[: len(same)]  # only now: what could not be written is still to be written
+        if durable:
+            self._journal.sync()
+
+    def summary(self, update: int) -> BatchSummary | None:
+        """Batch `update` in numbers; None: not decided, or no longer kept."""
+        decision = self._decisions.get(update)
+        return None if decision is None else decision.summary
+
+    def batch(self, update: int) -> Batch:
+        """Batch `update` as it is trained, scores shaped; the same whenever it is asked for."""
+        if self._last is None or self._last.update != update:
+            decision = self._decisions[update]
+            groups = self._read_groups(decision.ticket_ids)
+            self._last, _ = shape_scores(Batch(update=update, groups=groups), decision.moments, self._reward)
+        return self._last
+
+    def annul(self, version: int, newest_faithful: int) -> None:
+        """Undo batches `version` and later; see lineage.py."""
+        undone = [ticket_id for update in range(version, self.ledger.decided) for ticket_id in self._decisions[update].ticket_ids]
+        groups = self._read_groups(undone)
+        if groups:  # once more, so that this segment stands for itself
+            self._append_groups(codec.CARRIED, groups)
+        annul(self.ledger, version, groups, newest_faithful)
+        self.flush(durable=True)
+
+    def begin_segment(self) -> Mark:
+        """Begin a segment that stands for itself; returns where: what a checkpoint stores."""
+        self.flush()
+        segment = self._journal.rotate()
+        mark = self._journal.end
+        self._write_opening(segment)
+        self._journal.sync()
+        return mark
+
+    def forget_before(self, version: int) -> list[int]:
+        """No kept checkpoint is older than `version`. Returns the segments that nobody needs any more."""
+        self.ledger.forget_before(version)
+        for update in [update for update in self._decisions if update < version]:
+            for ticket_id in self._decisions.pop(update).ticket_ids:
+                self._places.pop(ticket_id, None)
+        needed = max(segment for segment, decided in self._openings.items() if decided <= version)
+        return [segment for segment in self._openings if segment < needed]
+
+    def drop_segment(self, segment: int) -> None:
+        """Delete a segment that forget_before named."""
+        self._journal.drop_before(segment + 1)
+        self._openings.pop(segment, None)
+
+    def _on_event(self, event: Event) -> None:
+        self._observe(event)
+        self._outbox.append(event)
+
+    def _observe(self, event: Event) -> None:
+        """Before an event takes effect: what the history keeps of it beside the ledger."""
+        match event:
+            case Arrived():
+                self._scores.append(event.scored.scores)
+            case Decided():
+                slots = self.ledger.slots
+                groups = tuple(scored for number in event.ticket_ids if (scored := slots[number].scored) is not None)
+                batch, before = Batch(update=event.update, groups=groups), self._moments
+                self._last, self._moments = shape_scores(batch, before, self._reward)
+                summary = replace(summarize(batch, self._scores), moments=self._moments)
+                self._decisions[event.update] = _Decision(summary=summary, moments=before, ticket_ids=event.ticket_ids)
+                self._scores = []
+            case Annulled(version=version):
+                if version in self._decisions:
+                    self._moments = self._decisions[version].moments
+                self._decisions = {update: decision for update, decision in self._decisions.items() if update < version}
+                self._scores, self._last = [], None
+            case _:
+                pass
+
+    def _recover(self, frame: Frame) -> None:
+        if frame.kind == codec.OPENING:
+            opening = json.loads(frame.payload)
+            if opening["identity"] != self._identity:
+                raise ConfigError(_other_identity(opening["identity"], self._identity))
+            if not self._openings:
+                self.ledger = codec.ledger_from_json(opening["ledger"])
+                self._moments = moments_from_json(opening["moments"])
+                self._scores = [np.asarray(scores, dtype=np.float32) for scores in opening["scores"]]
+            elif not _same_state(opening["ledger"], codec.ledger_to_json(self.ledger)):
+                raise JournalError(
+                    f"segment {frame.position.segment} of the journal begins with another state than the events before it led to"
+                )
+            self._openings[frame.position.segment] = self.ledger.decided
+        elif frame.kind == codec.CARRIED:
+            for index, scored in enumerate(rollout_table.decode(frame.payload)):
+                number = scored.group.ticket.ticket_id
+                if number in self.ledger.slots:
+                    self.ledger.slots[number].scored = scored
+                self._places[number] = _Place(position=frame.position, index=index)
+        else:
+            for index, event in enumerate(codec.decode(frame.kind, frame.payload, self._find)):
+                if isinstance(event, Arrived) and frame.kind == codec.KEPT:
+                    self._places[event.scored.group.ticket.ticket_id] = _Place(position=frame.position, index=index)
+                self._observe(event)
+                self.ledger.apply(event)
+
+    def _write_opening(self, segment: int) -> None:
+        opening = {
+            "identity": self._identity,
+            "ledger": codec.ledger_to_json(self.ledger),
+            "moments": asdict(self._moments),
+            "scores": [scores.tolist() for scores in self._scores],
+        }
+        self._journal.append(codec.OPENING, json.dumps(opening, separators=(",", ":")).encode())
+        self._openings[segment] = self.ledger.decided
+        waiting = [slot.scored for slot in self.ledger.slots.values() if slot.scored is not None]
+        if waiting:
+            self._append_groups(codec.CARRIED, waiting)
+
+    def _append_groups(self, kind: str, groups: Sequence[ScoredGroup]) -> None:
+        position = self._journal.append(kind, rollout_table.encode(groups))
+        for index, scored in enumerate(groups if kind != codec.TIED else ()):
+            self._places[scored.group.ticket.ticket_id] = _Place(position=position, index=index)
+
+    def _find(self, ticket_id: int) -> ScoredGroup:
+        return self._read_groups([ticket_id])[0]
+
+    def _read_groups(self, ticket_ids: Sequence[int]) -> tuple[ScoredGroup, ...]:
+        places = [self._places[number] for number in ticket_ids]
+        records: dict[Position, list[ScoredGroup]] = {}
+        for position in sorted({place.position for place in places}):
+            records[position] = rollout_table.decode(self._journal.read(position).payload)
+        return tuple(records[place.position][place.index] for place in places)
+
+
+def _same_state(written: Mapping[str, Any], reached: Mapping[str, Any]) -> bool:
+    """Whether two ledgers are the same, batches aside that had been forgotten when the first was written."""
+    kept = {update: entry for update, entry in reached["batches"].items() if update in written["batches"]}
+    return {**reached, "batches": kept} == written
+
+
+def _other_identity(written: Mapping[str, Any], asked: Mapping[str, object]) -> str:
+    changed = ", ".join(f"{key} {written.get(key)} -> {asked.get(key)}" for key in written if written.get(key) != asked.get(key))
+    return f"the journal was written under other settings, which may not change while it lives: {changed}; undo the change"
