@@ -11,7 +11,7 @@ from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
 
 if TYPE_CHECKING:
-    from actors.pipeline import UpdateRecord
+    from actors.crew import UpdateRecord
 
 Row = dict[str, float]
 
@@ -40,6 +40,7 @@ class Accounts:
     last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+    failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     score_moments: ScoreMoments = field(default_factory=ScoreMoments)
     health: Mapping[str, str] = field(default_factory=dict[str, str])
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -88,6 +89,7 @@ class Accounts:
             "trained": counters.trained,
         }
         self.dropped = {**counters.voided, **counters.dropped, **{f"refused_{why}": n for why, n in counters.refused.items()}}
+        self.failed_prompts = counters.failed_prompts
         self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
         return row
 

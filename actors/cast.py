@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from actors.canary import check_room, shapes_of_folder
+from actors.crew import Crew
 from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
-from actors.pipeline import Crew
 from actors.replay_queue import ReplayQueue
 from actors.scorer import Scorer
 from actors.supervision import Member, Supervisor

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.learner_crew import LearnerCrew
+from actors.learner_crew import LearnerCrew, Saving
 from actors.replay_queue import Kept
 from actors.supervision import Member
 from async_rlhf.checkpoints import COMMIT, commit, discard, folder_of, prune
@@ -17,6 +17,7 @@ from async_rlhf.state import TrainingState
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
     folder: Path
+    saving: Saving
     mark: Mark
     state: TrainingState
 
@@ -61,7 +62,7 @@ class Checkpointer:
         if begun is None:
             return
         try:
-            files = await self._learner.saved()
+            files = await begun.saving()
         except LearnerLostError:
             discard(begun.folder)
             raise
@@ -78,5 +79,5 @@ class Checkpointer:
         discard(folder)
         folder.mkdir(parents=True)
         self._last_s = time.monotonic()
-        await self._learner.save(folder, state.version)
-        self._begun = _Begun(folder=folder, mark=mark, state=state)
+        saving = await self._learner.save(folder, state.version)
+        self._begun = _Begun(folder=folder, saving=saving, mark=mark, state=state)

@@ -3,8 +3,8 @@
 import asyncio
 from contextlib import suppress
 
+from actors.crew import Crew
 from actors.engine_loop import EngineUsage
-from actors.pipeline import Crew
 from actors.supervision import BROKEN, Member
 from async_rlhf.errors import DeadlineError
 from async_rlhf.evaluation import Evaluation, Sample

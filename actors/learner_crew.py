@@ -17,6 +17,9 @@ from async_rlhf.types import StepReport
 
 T = TypeVar("T")
 
+Saving = Callable[[], Awaitable[dict[str, tuple[int, int]]]]
+"""Awaits the files of a checkpoint: name -> (size in bytes, CRC-32)."""
+
 
 class Group(Protocol):
     """The ranks of one start, called all at once; see learners.group."""
@@ -96,13 +99,11 @@ class LearnerCrew:
         """See LearnerClient."""
         return await self._guard(self._joined.train_step(update, shards))
 
-    async def save(self, folder: Path, version: int) -> None:
-        """Begin to write a checkpoint's files."""
-        await self._guard(self._joined.save(str(folder), version))
-
-    async def saved(self) -> dict[str, tuple[int, int]]:
-        """Wait for them."""
-        return await self._guard(self._joined.saved())
+    async def save(self, folder: Path, version: int) -> Saving:
+        """Copy the learner's state aside and begin to write it; returns what waits for the files, beside any training."""
+        group = self._joined
+        await self._guard(group.save(str(folder), version))
+        return lambda: self._guard(group.saved())
 
     async def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -9,10 +9,11 @@ from actors.accounts import Accounts, Row
 from actors.canary import NOISE_NATS
 from actors.cast import Cast
 from actors.checkpointer import Checkpointer
+from actors.crew import Crew, UpdateRecord
 from actors.evaluator import Evaluator
 from actors.launch import Cluster
 from actors.learner_crew import LearnerCrew, LearnerParts
-from actors.pipeline import Crew, UpdateRecord, produce, train
+from actors.pipeline import produce, train
 from actors.replay_queue import Undone
 from actors.supervision import Supervisor, guarded
 from async_rlhf.checkpoints import discard, folders, newest

@@ -30,7 +30,7 @@ class ConfigError(AsyncRLHFError, ValueError):
 
 
 class RewardError(AsyncRLHFError, ValueError):
-    """The reward function cannot be imported, or answered with the wrong count or a number that is not finite."""
+    """The reward function cannot be imported, or answered with the wrong count or a number that is not finite, or keeps failing."""
 
 
 class ShapeError(AsyncRLHFError, ValueError):

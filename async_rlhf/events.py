@@ -52,11 +52,12 @@ class Refused:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Voided:
-    """A prompt was given up before it was in a batch."""
+class Failed:
+    """Nobody could score this group; it is to be sampled and scored again, or, for good, its prompt is voided."""
 
     ticket_id: int
     reason: str
+    for_good: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,4 +106,4 @@ class SessionBegan:
     lost: tuple[int, ...]
 
 
-Event = SessionBegan | Granted | Sampled | Lost | Arrived | Refused | Voided | Decided | Dropped | Trained | Annulled
+Event = SessionBegan | Granted | Sampled | Lost | Arrived | Refused | Failed | Decided | Dropped | Trained | Annulled

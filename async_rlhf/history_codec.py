@@ -17,13 +17,13 @@ from async_rlhf.events import (
     Decided,
     Dropped,
     Event,
+    Failed,
     Granted,
     Lost,
     Refused,
     Sampled,
     SessionBegan,
     Trained,
-    Voided,
 )
 from async_rlhf.ledger import BatchEntry, Ledger, Slot, Tally
 from async_rlhf.prompts import PromptCursor
@@ -39,7 +39,7 @@ _PLAIN: Mapping[str, type[Event]] = {
     "S": Sampled,
     "L": Lost,
     "R": Refused,
-    "V": Voided,
+    "F": Failed,
     "D": Decided,
     "X": Dropped,
     "U": Trained,
@@ -101,7 +101,11 @@ def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
     return json.loads(
         _dump(
             {
-                "slots": [{"ticket": _ticket_to_json(slot.ticket), "state": slot.state} for slot in ledger.slots.values()],
+                "slots": [
+                    {"ticket": _ticket_to_json(slot.ticket), "state": slot.state, "num_failures": slot.num_failures}
+                    for slot in ledger.slots.values()
+                ],
+                "failed_prompts": ledger.failed_prompts,
                 "batches": {str(update): asdict(entry) for update, entry in ledger.batches.items()},
                 "requests": ledger.requests,
                 "decided": ledger.decided,
@@ -120,7 +124,8 @@ def ledger_from_json(fields: Mapping[str, Any]) -> Ledger:
     ledger = Ledger()
     for entry in fields["slots"]:
         ticket = _ticket_from_json(entry["ticket"])
-        ledger.slots[ticket.ticket_id] = Slot(ticket=ticket, state=TicketState(entry["state"]))
+        ledger.slots[ticket.ticket_id] = Slot(ticket=ticket, state=TicketState(entry["state"]), num_failures=entry["num_failures"])
+    ledger.failed_prompts = dict(fields["failed_prompts"])
     for update, entry in fields["batches"].items():
         of_batch: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
         ledger.batches[int(update)] = BatchEntry(**of_batch)

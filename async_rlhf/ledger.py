@@ -4,10 +4,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Event, Granted, Lost, Refused, Sampled, SessionBegan, Trained, Voided
+from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Event, Failed, Granted, Lost, Refused, Sampled, SessionBegan, Trained
 from async_rlhf.prompts import PromptCursor
 from async_rlhf.tickets import PutOutcome, QueueCounters, TicketState
 from async_rlhf.types import ScoredGroup, Ticket
+
+FAILED = "failed"
+"""Why a prompt is voided that nobody can score."""
+
+MAX_NAMED = 200
+"""Failed prompts that are remembered by name; all of them are counted."""
 
 LOST_HISTORY = "lost_history"
 """Why a scored group is voided whose policy is no longer part of the run."""
@@ -22,6 +28,8 @@ class Slot:
     lease_ends_s: float = float("inf")
     """On the clock of whoever keeps the buffer; no part of the history."""
     scored: ScoredGroup | None = None
+    num_failures: int = 0
+    """How often nobody could score it. Lost leases do not count: they are nobody's fault."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,6 +72,8 @@ class Ledger:
         """How often history was undone; see lineage.py."""
         self.session = 0
         """Drivers that the run had before this one."""
+        self.failed_prompts: dict[str, str] = {}
+        """Prompt id -> why it was voided as failed; the first MAX_NAMED of them."""
         self.cursor = PromptCursor(epoch=0, index=0)
         self.tally = Tally()
         self.on_event: Callable[[Event], None] = lambda event: None
@@ -84,6 +94,7 @@ class Ledger:
             trained=tally.trained,
             reissued=tally.reissued,
             voided=dict(tally.voided),
+            failed_prompts=dict(self.failed_prompts),
             dropped=dict(tally.dropped),
             refused=dict(tally.refused),
         )
@@ -116,8 +127,8 @@ class Ledger:
                 self.tally.refused[event.outcome] += 1
                 if event.outcome is PutOutcome.TOO_OLD:
                     self._set_state((event.ticket_id,), TicketState.LOST)
-            case Voided():
-                self._void(event.ticket_id, event.reason)
+            case Failed():
+                self._fail(event)
             case Decided():
                 self._decide(event)
             case Dropped():
@@ -143,6 +154,14 @@ class Ledger:
             self.slots[ticket.ticket_id].state = TicketState.LEASED
         self.cursor = event.cursor
         self.requests[event.tickets[0].holder] = (event.request, tuple(ticket.ticket_id for ticket in event.tickets))
+
+    def _fail(self, event: Failed) -> None:
+        slot = self.slots[event.ticket_id]
+        slot.state, slot.num_failures = TicketState.LOST, slot.num_failures + 1
+        if event.for_good:
+            if len(self.failed_prompts) < MAX_NAMED:
+                self.failed_prompts[slot.ticket.prompt.prompt_id] = event.reason
+            self._void(event.ticket_id, FAILED)
 
     def _decide(self, event: Decided) -> None:
         for ticket_id in event.ticket_ids:

@@ -8,9 +8,9 @@ bound stand in `staleness.py`, the life of a ticket in `tickets.py`.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from async_rlhf.errors import RunError
-from async_rlhf.events import Arrived, Decided, Dropped, Granted, Lost, Refused, Sampled, Trained, Voided
-from async_rlhf.ledger import Ledger, Slot
+from async_rlhf.errors import RewardError
+from async_rlhf.events import Arrived, Decided, Dropped, Failed, Granted, Lost, Refused, Sampled, Trained
+from async_rlhf.ledger import FAILED, Ledger, Slot
 from async_rlhf.prompts import PromptStream
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tickets import PutOutcome, QueueCounters, ReplaySettings, TicketState, ticket_seed
@@ -110,18 +110,16 @@ class ReplayBuffer:
         return outcome
 
     def fail(self, tickets: Iterable[Ticket], reason: str) -> None:
-        """Sampling or scoring of these attempts failed: each goes out again, or is voided after `max_attempts`.
+        """Nobody could score these: each goes out again, or is voided at its `max_attempts`-th failure.
 
         Raises:
-            RunError: more than `max_failed_share` of all prompts were voided as failed.
+            RewardError: more than `max_failed_share` of all prompts were voided for that.
         """
         for ticket in tickets:
             if self._state_of(ticket) in (None, TicketState.WAITING):
                 continue
-            if ticket.attempt + 1 >= self._settings.max_attempts:
-                self.ledger.record(Voided(ticket_id=ticket.ticket_id, reason=f"failed: {reason}"))
-            else:
-                self.ledger.record(Lost(ticket_ids=(ticket.ticket_id,)))
+            last = self.ledger.slots[ticket.ticket_id].num_failures + 1 >= self._settings.max_attempts
+            self.ledger.record(Failed(ticket_id=ticket.ticket_id, reason=reason, for_good=last))
         self._check_failed_share(reason)
 
     def lose_holder(self, holder: str) -> int:
@@ -184,9 +182,9 @@ class ReplayBuffer:
 
     def _check_failed_share(self, reason: str) -> None:
         tally = self.ledger.tally
-        failed = sum(count for why, count in tally.voided.items() if why.startswith("failed"))
+        failed = tally.voided[FAILED]
         if failed >= MIN_FAILURES and failed > self._settings.max_failed_share * tally.issued:
-            raise RunError(
+            raise RewardError(
                 f"{failed} of {tally.issued} prompts failed {self._settings.max_attempts} times each, more than "
                 f"queue.max_failed_share ({self._settings.max_failed_share:g}) allows; the last reason: {reason}"
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from async_rlhf import history_codec as codec
 from async_rlhf import rollout_table
-from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Voided
+from async_rlhf.events import Annulled, Arrived, Decided, Dropped
 from async_rlhf.journal import Frame, Position, read_frames
 from async_rlhf.ledger import LOST_HISTORY
 from async_rlhf.rollout_table import TRAINED, GroupFate, write_part
@@ -80,7 +80,5 @@ def _fates_of(frame: Frame, waiting: dict[int, ScoredGroup], undone_later: list[
                 for number in event.voided:
                     if number in waiting:
                         yield GroupFate(scored=waiting.pop(number), fate=LOST_HISTORY)
-            case Voided():
-                waiting.pop(event.ticket_id, None)
             case _:
                 pass

@@ -10,7 +10,7 @@ lost ones too, which wait for a new holder.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -46,6 +46,7 @@ class ReplaySettings:
     max_replacements_per_batch: int = 0
     """Tied groups replaced per decision; further ones stay: nothing to prefer in them."""
     max_attempts: int = 3
+    """Failures of one prompt before it is voided."""
     max_failed_share: float = 0.2
     lease_s: float = 300.0
     last_batch: Literal["short", "drop"] = "short"
@@ -71,8 +72,11 @@ class QueueCounters:
     trained: int
     reissued: int
     voided: Mapping[str, int]
+    """Reason -> count."""
     dropped: Mapping[str, int]
     refused: Mapping[str, int]
+    failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Prompt id -> why nobody could score it: the first of those voided as failed."""
 
     @property
     def balanced(self) -> bool:

@@ -168,6 +168,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "generator_idle_share": accounts.generator_idle_share,
         "learner_idle_share": accounts.learner_idle_share,
         "dropped": dict(accounts.dropped),
+        "failed_prompts": dict(accounts.failed_prompts),
         "restarts": dict(accounts.restarts),
         "session": accounts.session,
         "checkpoint": accounts.checkpoint,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from async_rlhf.errors import RunError
+from async_rlhf.errors import RewardError
 from async_rlhf.prompts import PromptStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
@@ -140,7 +140,8 @@ def test_prompt_that_fails_max_attempts_times_is_voided_with_its_reason(order: s
         buffer.fail([ticket], "boom")
     (fresh,) = buffer.grant("g", 0, 1, 0.0)
     assert fresh.ticket_id == 1
-    assert buffer.counters.voided == {"failed: boom": 1}
+    assert buffer.counters.voided == {"failed": 1}
+    assert buffer.counters.failed_prompts == {ticket.prompt.prompt_id: "boom"}
 
 
 def test_failure_of_an_earlier_attempt_or_of_a_finished_group_changes_nothing() -> None:
@@ -160,7 +161,7 @@ def test_run_stops_by_name_when_too_many_prompts_fail_for_good() -> None:
     buffer = make_buffer(size=20, eta=1, max_attempts=1, max_failed_share=0.5)
     tickets = buffer.grant("g", 0, 40, 0.0)
     buffer.fail(tickets[:20], "boom")
-    with pytest.raises(RunError, match=r"21 of 40 prompts.*max_failed_share.*boom"):
+    with pytest.raises(RewardError, match=r"21 of 40 prompts.*max_failed_share.*boom"):
         buffer.fail(tickets[20:21], "boom")
 
 
@@ -364,5 +365,5 @@ def test_counters_say_where_every_issued_group_is() -> None:
     buffer.lose_holder("dead")
     counts = buffer.counters
     assert (counts.issued, counts.trained, counts.taken, counts.waiting, counts.scoring) == (9, 1, 1, 2, 1)
-    assert (counts.leased, counts.lost, counts.voided) == (2, 1, {"tied": 1, "failed: boom": 1})
+    assert (counts.leased, counts.lost, counts.voided) == (2, 1, {"tied": 1, "failed": 1})
     assert counts.balanced

@@ -6,6 +6,7 @@ knows the contract of design section 3 and nothing of the code. Broken variants 
 """
 
 import random
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -108,6 +109,7 @@ class Simulation:
         self.live: dict[int, Ticket] = {}
         self.kept: dict[int, int] = {}  # ticket id -> attempt of the group that waits
         self.voided: set[int] = set()
+        self.failures: Counter[int] = Counter()
         self.trained: set[int] = set()
         self.decided = self.most_decided = 0
         self.newest = 0  # versions 0..newest exist
@@ -179,7 +181,8 @@ class Simulation:
             current = self.live.get(lease.ticket.ticket_id)
             counts = current is not None and current.attempt == lease.ticket.attempt and lease.ticket.ticket_id not in self.kept
             self.buffer.fail([lease.ticket], "by chance")
-            if counts and lease.ticket.attempt + 1 >= MAX_ATTEMPTS:
+            self.failures[lease.ticket.ticket_id] += counts
+            if counts and self.failures[lease.ticket.ticket_id] == MAX_ATTEMPTS:
                 self.void(lease.ticket)
 
     def die(self, generator: Generator) -> None:
@@ -319,6 +322,7 @@ class Simulation:
         ledger = self.buffer.ledger
         assert rebuilt.counters == ledger.counters
         assert (rebuilt.decided, rebuilt.lineage, rebuilt.cursor) == (ledger.decided, ledger.lineage, ledger.cursor)
+        assert rebuilt.failed_prompts == ledger.failed_prompts
         assert rebuilt.requests == ledger.requests and rebuilt.tally == ledger.tally
         assert {number: asdict(entry) for number, entry in rebuilt.batches.items()} == {
             number: asdict(entry) for number, entry in ledger.batches.items()

@@ -1,0 +1,80 @@
+"""Who takes part in a run, and what is known of one update: what the two loops work with."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from actors.engine_loop import EngineUsage
+from actors.remote import RemoteActor
+from actors.replay_queue import Booked
+from actors.supervision import Member, Supervisor
+from actors.weight_broadcaster import Published
+from async_rlhf.config import Config
+from async_rlhf.metrics import BatchSummary
+from async_rlhf.protocols import LearnerClient
+from async_rlhf.tickets import QueueCounters
+from async_rlhf.types import InstallReport, StepReport
+
+
+@dataclass(kw_only=True)
+class Crew:
+    """Who takes part in a run, and what the loops share."""
+
+    supervisor: Supervisor
+    generators: Sequence[Member]
+    scorers: Sequence[Member]
+    queue: Member
+    broadcaster: Member
+    learner: LearnerClient
+    usage: dict[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    """By incarnation, cumulative; the dead ones stay."""
+    installs: dict[str, InstallReport] = field(default_factory=dict[str, InstallReport])
+    """The last one of each living generator, by incarnation."""
+    installed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    """Notified of each install."""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: tickets may be taken."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: the train loop ends after the update that it is at."""
+    published: tuple[int, RemoteActor | None] = (-1, None)
+    """The last version that was published, and the broadcaster that took it."""
+    idle_scorers: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
+    """Those of `scorers` that have nothing to do: each scores one call at a time, whichever is free."""
+
+    def __post_init__(self) -> None:
+        for scorer in self.scorers:
+            self.idle_scorers.put_nowait(scorer)
+
+    async def publish(self, version: int, config: Config) -> Published:
+        """Have the learner's version pulled and offered to the generators."""
+        limit = config.timeouts.weights_s + config.timeouts.call_s
+        published = await self.broadcaster.call("publish", version, self.learner.ranks, timeout_s=limit)
+        self.published = version, self.broadcaster.actor
+        return published
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRecord:
+    """Everything that is known about one finished update."""
+
+    summary: BatchSummary
+    reports: Sequence[StepReport]
+    """One per rank."""
+    booked: Booked
+    wait_s: float
+    """The learner's wait for the batch."""
+    published: Published
+    usage: Mapping[str, EngineUsage]
+    """Per incarnation of a generator, cumulative."""
+    installs: Mapping[str, InstallReport]
+    """The last one of each living generator."""
+
+    @property
+    def counters(self) -> QueueCounters:
+        """The queue's, after the update."""
+        return self.booked.counters
+
+    @property
+    def train_s(self) -> float:
+        """Seconds inside train_step, slowest rank."""
+        return max(report.train_s for report in self.reports)
