@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from actors.launch import ActorSpec, first_failure, ready
-from actors.remote import RemoteActor, kill
+from actors.remote import RemoteActor, kill_process
 from actors.supervision import LOST, Supervisor
 from async_rlhf.checkpoints import newest
 from async_rlhf.config import Config
@@ -116,7 +116,7 @@ class LearnerCrew:
 
     async def _start_again(self) -> None:
         for rank in self.ranks:
-            kill(rank)
+            kill_process(rank)
         started = [self._supervisor.cluster.start(spec) for spec in self.next_specs()]
         await first_failure(*(ready(actor, self._config.timeouts.start_s, lambda name: None) for actor in started))
         checkpoint, _ = newest(self._plan.run_folder)

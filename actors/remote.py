@@ -99,9 +99,14 @@ async def within(awaitable: Awaitable[Any], *, edge: str, timeout_s: float) -> A
 
 
 def kill(actor: RemoteActor) -> None:
-    """End the actor's process and free its name. A frozen process on another node ends a few seconds later."""
+    """End the actor and free its name. A frozen process lives a few seconds longer; see kill_process."""
     ray.kill(actor.handle, no_restart=True)
     WAITS.forget(actor.name)
+
+
+def kill_process(actor: RemoteActor) -> None:
+    """The same at once, a frozen process included if it is on this node."""
+    kill(actor)
     process = actor.process
     if process is not None and process.node_id == ray.get_runtime_context().get_node_id():
         with suppress(psutil.Error):

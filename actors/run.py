@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.accounts import Accounts, Row
@@ -52,14 +51,6 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run that reached its end has to show."""
-
-    stopped: bool
-    """True: it was asked to stop, and stands at its last checkpoint."""
-
-
 class Run:
     """One driver's part of a run, on one cluster."""
 
@@ -79,14 +70,19 @@ class Run:
         """End after the update that the run is at, with a checkpoint."""
         self._stopping.set()
 
-    async def execute(self) -> Outcome:
-        """Run to the end; the caller closes the cluster, whatever happens here."""
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stopping.is_set()
+
+    async def execute(self) -> None:
+        """Run to the end, or to the checkpoint at which it stops when asked to; the caller closes the cluster, whatever happens here."""
         crew, version = await self._start()
         keepers = [member.keep() for member in (*self._cast.scorers, crew.queue, crew.broadcaster, self._cast.state)]
         producers = [produce(generator, crew, self._config) for generator in crew.generators]
         main = asyncio.ensure_future(self._train(crew, version))
         main.set_name("train")
-        return await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+        await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
 
     async def _start(self) -> tuple[Crew, int]:
         """Start all actors; ends when the learner's version is with the broadcaster."""
@@ -103,7 +99,7 @@ class Run:
         await crew.publish(version, config)
         return crew, version
 
-    async def _train(self, crew: Crew, version: int) -> Outcome:
+    async def _train(self, crew: Crew, version: int) -> None:
         evaluator = Evaluator(self._plan, crew)
         if self._plan.evaluate_start:
             await self._record("evaluating")
@@ -118,7 +114,8 @@ class Run:
         while True:
             try:
                 version = await train(crew, self._config, version, on_update)
-                return await self._finish(evaluator, version)
+                await self._finish(evaluator, version)
+                return
             except LearnerLostError as error:
                 version = await self._restart_learner(error)
 
@@ -132,20 +129,19 @@ class Run:
         self._observer.stage(f"the learner goes on from version {version}")
         return version
 
-    async def _finish(self, evaluator: Evaluator, version: int) -> Outcome:
-        if version == 0 and not self._stopping.is_set():
+    async def _finish(self, evaluator: Evaluator, version: int) -> None:
+        if version == 0 and not self.stopping:
             raise RunError("the prompts ran out before a single batch was complete; lower batch_groups or give more prompts")
         await self._checkpointer.make(self._accounts.state("training"))
         self._accounts.checkpoint = version
-        if self._stopping.is_set():
-            return Outcome(stopped=True)
+        if self.stopping:
+            return
         await self._record("evaluating")
         self._evaluated("final", await evaluator.evaluate(version))
         self._observer.stage("exporting the policy")
         await self._learner.save_pretrained(self._plan.run_folder / "model")
         await asyncio.to_thread(export_all, self._plan.run_folder)
         await self._record("finished")
-        return Outcome(stopped=False)
 
     async def _on_update(self, crew: Crew, record: UpdateRecord) -> None:
         version = record.summary.update + 1

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from actors.launch import ActorSpec, Cluster, ready
-from actors.remote import RemoteActor, kill
+from actors.remote import RemoteActor, kill_process
 from actors.wait_graph import WAITS
 from async_rlhf.config import Config
 from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, RestartLimitError, RunError, WeightsError
@@ -81,7 +81,7 @@ class Supervisor:
             try:
                 await actor.ping(self._settings.silence_s)
             except DeadlineError:
-                kill(actor)
+                kill_process(actor)
                 raise ActorLostError(
                     f"{actor.name} gave no sign of life for {self._settings.silence_s:g} s (supervision.silence_s) and was killed"
                 ) from None
@@ -148,7 +148,7 @@ class Member:
         """
         async with self._replacing:
             if self.actor is lost:
-                kill(lost)
+                kill_process(lost)
                 await self._supervisor.replace(self.name, cause, self._begin)
             return self.actor
 

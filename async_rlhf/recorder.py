@@ -22,6 +22,9 @@ from async_rlhf.evaluation import Evaluation
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import write_atomically
 
+HIDDEN = "***"
+"""Stands in the saved config for the value of a secret."""
+
 
 def make_run_folder(config: Config) -> Path:
     """Create the folder of a new run and write its config there.
@@ -44,7 +47,7 @@ def make_run_folder(config: Config) -> Path:
 def _without_secrets(config: Config) -> Config:
     """The config with the values of `env` hidden whose names look like a secret's; secrets belong in the environment."""
     marks = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-    env = {name: "***" if any(mark in name.upper() for mark in marks) else value for name, value in config.env.items()}
+    env = {name: HIDDEN if any(mark in name.upper() for mark in marks) else value for name, value in config.env.items()}
     return replace(config, env=env)
 
 

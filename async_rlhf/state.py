@@ -10,6 +10,9 @@ from typing import Any
 from async_rlhf.errors import ConfigError
 from async_rlhf.scores import ScoreMoments, moments_from_json
 
+LIVE_PHASES = ("starting", "training", "evaluating")
+"""Phases of a run whose driver is at work, or was killed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from async_rlhf.commands.guard import HEARTBEAT, guard_is_gone
 from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.evaluation import Evaluation
 from async_rlhf.progress import Progress
@@ -121,7 +122,7 @@ def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watc
     from learners.rank import LearnerRank
 
     run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher, accounts)
-    asyncio.run(_with_signals(run, plan.config.timeouts.stop_s))
+    asyncio.run(_with_signals(run, plan))
 
 
 def _who_waits() -> str:
@@ -189,8 +190,8 @@ def _raise_interrupted(signum: int, frame: object) -> None:
     raise _Interrupted(signum)
 
 
-async def _with_signals(run: "Run", stop_s: float) -> None:
-    """Execute a run. The first SIGINT or SIGTERM lets it end with a checkpoint within `stop_s`; a second one ends it at once.
+async def _with_signals(run: "Run", plan: RunPlan) -> None:
+    """Execute a run. The first SIGINT or SIGTERM lets it end with a checkpoint within `timeouts.stop_s`; a second one ends it at once.
 
     Handlers are installed after ray.init, which overwrites them.
     """
@@ -204,10 +205,11 @@ async def _with_signals(run: "Run", stop_s: float) -> None:
             task.cancel()
         else:
             run.stop()
-            loop.call_later(stop_s, task.cancel)
+            loop.call_later(plan.config.timeouts.stop_s, task.cancel)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, on_signal, signum)
+    beating = asyncio.ensure_future(_beat(plan, run))
     try:
         await task
     except BaseException as error:
@@ -215,8 +217,19 @@ async def _with_signals(run: "Run", stop_s: float) -> None:
         if received:
             raise _Interrupted(received[0]) from error
         raise
-    if received:
-        raise _Interrupted(received[0])
+    finally:
+        beating.cancel()
+    if received or run.stopping:
+        raise _Interrupted(received[0] if received else signal.SIGTERM)
+
+
+async def _beat(plan: RunPlan, run: "Run") -> None:
+    """Show that this process lives, and stop the run when its guard does not."""
+    while True:
+        (plan.run_folder / HEARTBEAT).touch()
+        if guard_is_gone():
+            run.stop()
+        await asyncio.sleep(plan.config.supervision.ping_s)
 
 
 def _write_ray_address(folder: Path, address: str, namespace: str) -> None:

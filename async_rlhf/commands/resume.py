@@ -13,8 +13,9 @@ from async_rlhf.commands.drive import drive
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
-from async_rlhf.journal import check_mark
+from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
+from async_rlhf.recorder import HIDDEN
 from async_rlhf.rewards import absolute_reward, load_reward
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import read_state, write_atomically
@@ -36,25 +37,28 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
         ConfigError: no such run or checkpoint, or a change that a run cannot survive. JournalError: the journal is damaged.
     """
     folder = folder.resolve()
-    state, before, config = read_state(folder), *_configs(folder, words)
+    before, config = _configs(folder, words)
+    state = read_state(folder) if (folder / "state.json").is_file() else None
     changed = _changes(before, config)
     fixed = [change for change in changed if change.split(" ")[0].split(".")[0] in FIXED]
     if fixed:
         raise ConfigError(f"resume cannot change {', '.join(fixed)}; start a new run for that (model.path={folder / 'model'})")
     checkpoint, skipped = newest(folder, version)
     _say(console, *(f"skipped: {problem}" for problem in skipped))
-    if state.phase == "finished" and state.version >= config.updates:
+    if state is not None and state.phase == "finished" and state.version >= config.updates:
         _say(console, f"{folder} is finished: all {state.version} updates are trained; for more: async-rlhf resume {folder} updates=N")
         return 0
     check_journal(folder, checkpoint)
     origin = read_origin(folder)
-    model_folder = Path(config.model.path or origin["model_folder"])
+    # Paths of the saved config may be relative to where the run was started; those of origin.json never are.
+    keys = {change.split(" ")[0] for change in changed}
+    model_folder = Path(config.model.path).resolve() if "model.path" in keys else Path(origin["model_folder"])
     check_model_folder(model_folder)
-    reward = absolute_reward(config.reward.function) if config.reward.function else origin["reward"]
+    reward = absolute_reward(config.reward.function) if "reward.function" in keys else origin["reward"]
     load_reward(reward)
     undo = any(_changes_training(change) for change in changed)
-    at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no whole checkpoint"
-    _say(console, f"run folder: {folder}", f"going on from {at}", *(f"changed: {change}" for change in changed))
+    at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
+    _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
     if undo:
         _say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
     write_atomically(folder / "config.yaml", to_yaml(config))
@@ -64,7 +68,7 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
         model_folder=model_folder,
         reward=reward,
         metric=origin["metric"],
-        session=state.session + 1,
+        session=state.session + 1 if state is not None else 0,
         checkpoint=checkpoint,
         undo=undo,
         evaluate_start=not (folder / "samples.json").is_file(),
@@ -73,11 +77,16 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
 
 
 def check_journal(folder: Path, checkpoint: Checkpoint | None) -> None:
-    """Raise JournalError unless the journal holds the history that the checkpoint belongs to; ConfigError if there is none."""
-    if not (folder / "journal").is_dir():
-        raise ConfigError(f"{folder} has no journal: the run ended before its first ticket; start it again with `async-rlhf train`")
+    """Raise JournalError unless the journal holds the history that the checkpoint belongs to, ConfigError if there is no way on."""
+    journal = folder / "journal"
     if checkpoint is not None:
-        check_mark(folder / "journal", checkpoint.mark)
+        check_mark(journal, checkpoint.mark)
+        return
+    first = next(read_frames(journal), None) if journal.is_dir() else None
+    if first is not None and (decided := json.loads(first.payload)["ledger"]["decided"]) > 0:
+        raise ConfigError(
+            f"{folder} has no whole checkpoint, and its journal begins at update {decided}: restore a checkpoint, or start a new run"
+        )
 
 
 def read_origin(folder: Path) -> dict[str, str]:
@@ -96,7 +105,15 @@ def _configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
     """The run's config as it was, and as it shall be."""
     files, overrides = split_arguments(list(words))
     own = folder / "config.yaml"
-    return load_config([own]).config, load_config([own, *files], overrides).config
+    if not own.is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml; give the folder that `train` printed")
+    config = load_config([own, *files], overrides).config
+    hidden = [name for name, value in config.env.items() if value == HIDDEN]
+    if hidden:
+        raise ConfigError(
+            f"the saved config hides env.{hidden[0]}, a secret: give it again (env.{hidden[0]}=...), or better by the environment"
+        )
+    return load_config([own]).config, config
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:

@@ -12,9 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from async_rlhf.state import TrainingState, read_state
-
-LIVE_PHASES = ("starting", "training", "evaluating")
+from async_rlhf.state import LIVE_PHASES, TrainingState, read_state
 
 
 def run_status(folder: Path, console: Console) -> None:

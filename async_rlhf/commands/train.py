@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from async_rlhf.commands.drive import drive
+from async_rlhf.commands.guard import guard
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
@@ -41,6 +42,8 @@ def run_train(config: Config, console: Console) -> int:
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     plan = RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=reward, metric=metric)
     write_origin(plan)
+    if config.supervision.driver_restarts:
+        return guard(folder, config.supervision, console)
     return drive(plan, console)
 
 

@@ -195,6 +195,8 @@ class SupervisionConfig:
     """Seconds between two looks at every process."""
     silence_s: float = number(60.0, gt=0.0, le=1e6)
     """A process that does not answer for this long is frozen: it is killed and restarted."""
+    driver_restarts: int = number(0, ge=0, le=1_000_000)
+    """How often a driver that was killed, or froze, is started again by a guard process; 0: no guard."""
 
 
 @dataclass(frozen=True)
