@@ -16,9 +16,6 @@ from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
 from async_rlhf.checkpoints import Checkpoint
 from async_rlhf.run_plan import RunPlan
 
-STATE_ACTOR = "training_state"
-"""Name of the TrainingState actor in the run's namespace."""
-
 
 class Cast:
     """All parts of a run."""
@@ -54,9 +51,10 @@ class Cast:
             "weight_broadcaster",
             lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s,)),
         )
-        # Under its own name, whichever incarnation: others look it up.
         self.state = Member(
-            supervisor, STATE_ACTOR, lambda name: ActorSpec(name=STATE_ACTOR, cls=TrainingStateStore, args=(str(plan.run_folder),))
+            supervisor,
+            "training_state",
+            lambda name: ActorSpec(name=name, cls=TrainingStateStore, args=(str(plan.run_folder), name)),
         )
 
     @property

@@ -22,15 +22,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.remote import CONTROL_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
-from async_rlhf.errors import ConfigError, RunError
+from async_rlhf.errors import ConfigError, HeadLostError, RunError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 HEAD_PROBE_S = 5.0
 """Between two looks at Ray's head; and how long one may take."""
 
-HEAD_SILENCE_S = 30.0
-"""After twice this time without its head, Ray ends this process on the spot, without a word and without a summary."""
+HEAD_SILENCE_S = 20.0
+"""After a minute without its head, Ray ends this process on the spot, without a word and without a summary."""
 
 ACTOR_ENVIRONMENT = {
     # One thread per process: two processes with two threads each are many times slower than with one (barriers spin).
@@ -76,6 +76,7 @@ class Cluster:
     place_s: float
     _group: PlacementGroup | None = None
     _bundles: dict[str, int] = field(default_factory=dict[str, int])
+    _head_lost: bool = False
     _actors: list[RemoteActor] = field(default_factory=list[RemoteActor])
 
     async def reserve(self, specs: Sequence[ActorSpec]) -> None:
@@ -105,7 +106,7 @@ class Cluster:
         """Look whether Ray's head still takes connections, for as long as it does.
 
         Raises:
-            RunError: it took none for HEAD_SILENCE_S.
+            HeadLostError: it took none for HEAD_SILENCE_S.
         """
         host, _, port = self.address.rpartition(":")
         silent_s = 0.0
@@ -118,7 +119,8 @@ class Cluster:
                 silent_s = 0.0
             except (OSError, TimeoutError):
                 silent_s += HEAD_PROBE_S
-        raise RunError(f"Ray's head (GCS) at {self.address} has taken no connection for {silent_s:g} s: the cluster is gone")
+        self._head_lost = True
+        raise HeadLostError(f"Ray's head (GCS) at {self.address} has taken no connection for {silent_s:g} s: the cluster is gone")
 
     def object_store_bytes(self) -> float:
         """The smallest object store of any node."""
@@ -150,20 +152,33 @@ class Cluster:
         Args:
             keep_logs: where to copy the logs of a Ray of our own; its session folder is deleted.
         """
-        for actor in self._actors:
-            with suppress(Exception):
-                kill(actor)
-        with suppress(Exception):
-            if self._group is not None:
-                remove_placement_group(self._group)
         try:
-            ray.shutdown()
+            if self._head_lost:
+                _kill_descendants()  # any call to Ray would wait for its head until Ray ends this process
+            else:
+                self._close_ray()
         finally:
             if self.local_folder is not None:
                 if keep_logs is not None:
                     with suppress(OSError):
                         shutil.copytree(self.local_folder / "session_latest" / "logs", keep_logs, ignore_dangling_symlinks=True)
                 shutil.rmtree(self.local_folder, ignore_errors=True)
+
+    def _close_ray(self) -> None:
+        for actor in self._actors:
+            with suppress(Exception):
+                kill(actor)
+        with suppress(Exception):
+            if self._group is not None:
+                remove_placement_group(self._group)
+        ray.shutdown()
+
+
+def _kill_descendants() -> None:
+    """End every process below this one: a Ray of our own, and all that it started."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
 
 
 async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], None]) -> None:
@@ -195,7 +210,7 @@ async def first_failure(*awaitables: Awaitable[Any]) -> None:
             for awaitable in awaitables:
                 tasks.create_task(_await(awaitable))
     except BaseExceptionGroup as group:
-        raise _leaf(group) from None
+        raise leaf(group) from None
 
 
 def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
@@ -260,7 +275,8 @@ def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: st
     )
 
 
-def _leaf(group: BaseException) -> BaseException:
+def leaf(group: BaseException) -> BaseException:
+    """The first error inside nested groups."""
     while isinstance(group, BaseExceptionGroup):
         group = group.exceptions[0]
     return group

@@ -11,7 +11,7 @@ from actors.remote import RemoteActor, kill_process
 from actors.supervision import LOST, Supervisor
 from async_rlhf.checkpoints import newest
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorFailedError, LearnerLostError
+from async_rlhf.errors import ActorFailedError, LearnerLostError, ObjectLostError
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.types import StepReport
 
@@ -134,5 +134,5 @@ class LearnerCrew:
     async def _guard(self, call: Awaitable[T]) -> T:
         try:
             return await call
-        except (*LOST, ActorFailedError) as error:  # a rank died, or a collective call failed because another one did
+        except (*LOST, ActorFailedError, ObjectLostError) as error:  # a rank died, or a collective call failed because another one did
             raise LearnerLostError(str(error)) from error

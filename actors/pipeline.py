@@ -197,13 +197,14 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
 async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
     """Install the newest version on the generator, again and again."""
     while True:
+        broadcaster = crew.broadcaster.actor
         offer: Offer | None = await crew.broadcaster.call("newer_than", flow.installed, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
         if offer is None:
             continue
         try:
             report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
-        except ObjectLostError:  # the broadcaster died; the next one will offer it again
-            await asyncio.sleep(1.0)
+        except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
+            await crew.broadcaster.replace(broadcaster, error)
             continue
         await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
         await flow.change(installed=report.version)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from actors.launch import ActorSpec, Cluster, ready
+from actors.launch import ActorSpec, Cluster, leaf, ready
 from actors.remote import RemoteActor, kill_process
 from actors.wait_graph import WAITS
 from async_rlhf.config import Config
@@ -192,9 +192,10 @@ async def guarded(main: Awaitable[Any], *guards: Awaitable[Any]) -> Any:
             for task in done:
                 task.result()
         return tasks[0].result()
-    except Exception:
+    except Exception as error:
         WAITS.at_failure = WAITS.render()  # the tasks below are about to end, and with them what they wait for
-        raise
+        inner = leaf(error)
+        raise inner from inner.__cause__
     finally:
         for task in tasks:
             task.cancel()

@@ -14,6 +14,7 @@
         |-- ObjectLostError    what one process handed to another is gone with its owner or its node
         |-- LearnerLostError   the learner group lost a rank, and with it what it had not saved
         |-- RestartLimitError  an actor keeps failing
+        |-- HeadLostError      Ray itself is gone
         `-- JournalError       the journal is damaged, cannot be written, or is not the one that was expected
             `-- JournalLockedError    another process writes it
 
@@ -75,6 +76,10 @@ class LearnerLostError(RunError):
 
 class RestartLimitError(RunError):
     """An actor failed more often than `supervision.max_restarts` allows."""
+
+
+class HeadLostError(RunError):
+    """Ray's head does not answer: nothing can be started, found or ended through it any more."""
 
 
 class JournalError(RunError):

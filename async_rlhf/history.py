@@ -20,7 +20,7 @@ from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Arrived, Decided, Event, SessionBegan
 from async_rlhf.journal import Frame, Journal, Mark, Position
 from async_rlhf.ledger import Ledger
-from async_rlhf.lineage import annul
+from async_rlhf.lineage import annulled
 from async_rlhf.metrics import BatchSummary, summarize
 from async_rlhf.scores import ScoreMoments, moments_from_json, shape_scores
 from async_rlhf.tickets import TicketState
@@ -118,10 +118,10 @@ class History:
     def annul(self, version: int, newest_faithful: int) -> None:
         """Undo batches `version` and later; see lineage.py."""
         undone = [ticket_id for update in range(version, self.ledger.decided) for ticket_id in self._decisions[update].ticket_ids]
-        groups = self._read_groups(undone)
-        if groups:  # once more, so that this segment stands for itself
-            self._append_groups(codec.CARRIED, groups)
-        annul(self.ledger, version, groups, newest_faithful)
+        event = annulled(self.ledger, version, self._read_groups(undone), newest_faithful)
+        if event.returned:  # once more, so that this segment stands for itself
+            self._append_groups(codec.CARRIED, event.returned)
+        self.ledger.record(event)
         self.flush(durable=True)
 
     def begin_segment(self) -> Mark:

@@ -16,8 +16,8 @@ from async_rlhf.tickets import TicketState
 from async_rlhf.types import ScoredGroup
 
 
-def annul(ledger: Ledger, version: int, undone: Sequence[ScoredGroup], newest_faithful: int) -> None:
-    """Go back to the moment before batch `version` was decided, and keep every sample whose policy is still part of the run.
+def annulled(ledger: Ledger, version: int, undone: Sequence[ScoredGroup], newest_faithful: int) -> Annulled:
+    """Back to the moment before batch `version` was decided, with every sample whose policy is still part of the run: as an event.
 
     Args:
         undone: the groups of batches `version` and later.
@@ -30,7 +30,7 @@ def annul(ledger: Ledger, version: int, undone: Sequence[ScoredGroup], newest_fa
     leased = tuple(number for number, slot in ledger.slots.items() if slot.state is not TicketState.WAITING)
     voided = tuple(scored.group.ticket.ticket_id for scored in (*undone, *waiting) if newest_version(scored) > newest_faithful)
     returned = tuple(scored for scored in undone if newest_version(scored) <= newest_faithful)
-    ledger.record(Annulled(version=version, returned=returned, voided=voided, lost=leased))
+    return Annulled(version=version, returned=returned, voided=voided, lost=leased)
 
 
 def newest_version(scored: ScoredGroup) -> int:

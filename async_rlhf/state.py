@@ -10,6 +10,9 @@ from typing import Any
 from async_rlhf.errors import ConfigError
 from async_rlhf.scores import ScoreMoments, moments_from_json
 
+STATE_FILE, STATE_ACTOR_FILE = "state.json", "state_actor"
+"""In the run folder: the durable state, and the name of the living TrainingState actor in the run's namespace."""
+
 LIVE_PHASES = ("starting", "training", "evaluating")
 """Phases of a run whose driver is at work, or was killed."""
 
@@ -83,7 +86,7 @@ def read_state(run_folder: Path) -> TrainingState:
     Raises:
         ConfigError: the folder holds none.
     """
-    file = run_folder / "state.json"
+    file = run_folder / STATE_FILE
     if not file.is_file():
         raise ConfigError(f"{run_folder} is no run folder: it has no state.json; give the folder that `train` printed")
     return state_from_json(file.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.recorder import HIDDEN
 from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import read_state, write_atomically
 
@@ -34,10 +35,15 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
         words: config files and overrides, applied to the run's own config.
         version: of the checkpoint to go on from; None: the newest whole one.
     Raises:
-        ConfigError: no such run or checkpoint, or a change that a run cannot survive. JournalError: the journal is damaged.
+        ConfigError: no such run or checkpoint, a living one, or a change that it cannot survive. JournalError: the journal is damaged.
     """
     folder = folder.resolve()
     before, config = _configs(folder, words)
+    with sole_driver(folder):
+        return _resume(folder, before, config, version, console)
+
+
+def _resume(folder: Path, before: Config, config: Config, version: int | None, console: Console) -> int:
     state = read_state(folder) if (folder / "state.json").is_file() else None
     changed = _changes(before, config)
     fixed = [change for change in changed if change.split(" ")[0].split(".")[0] in FIXED]

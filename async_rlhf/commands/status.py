@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from async_rlhf.state import LIVE_PHASES, TrainingState, read_state
+from async_rlhf.state import LIVE_PHASES, STATE_ACTOR_FILE, TrainingState, read_state
 
 
 def run_status(folder: Path, console: Console) -> None:
@@ -81,6 +81,7 @@ def _ask_actor(folder: Path) -> TrainingState | None:
     """The actor's latest state, or None where it cannot be reached."""
     try:
         entry: dict[str, Any] = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
+        name = (folder / STATE_ACTOR_FILE).read_text(encoding="utf-8")
     except (OSError, json.JSONDecodeError):
         return None
     try:
@@ -93,11 +94,9 @@ def _ask_actor(folder: Path) -> TrainingState | None:
         return None
     import ray
 
-    from actors.cast import STATE_ACTOR
-
     try:
         ray.init(address=entry["address"], namespace=entry["namespace"], log_to_driver=False, logging_level=logging.ERROR)
-        latest: list[Any] = ray.get(ray.get_actor(STATE_ACTOR).latest.remote(), timeout=10)
+        latest: list[Any] = ray.get(ray.get_actor(name).latest.remote(), timeout=10)
         return ray.get(latest[0], timeout=10) if latest else None
     except Exception as error:  # any failure to reach it means: not reachable
         logging.getLogger(__name__).info("the TrainingState actor does not answer: %s", error)

@@ -13,6 +13,7 @@ from async_rlhf.config.checks import warnings_of
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.recorder import make_run_folder, write_origin
 from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.tasks import load_task
 
@@ -44,7 +45,8 @@ def run_train(config: Config, console: Console) -> int:
     write_origin(plan)
     if config.supervision.driver_restarts:
         return guard(folder, config.supervision, console)
-    return drive(plan, console)
+    with sole_driver(folder):
+        return drive(plan, console)
 
 
 def _with_absolute_critic(config: Config) -> Config:
