@@ -15,7 +15,7 @@ from actors.launch import ActorSpec, Cluster, leaf, ready
 from actors.remote import RemoteActor, kill_process
 from actors.wait_graph import WAITS
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, RestartLimitError, RunError, WeightsError
+from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, RestartLimitError, WeightsError
 
 LOST = (ActorLostError, DeadlineError)
 """A call to an actor ended like this: the actor is gone, or as good as gone."""
@@ -62,9 +62,9 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 await start()
-            except (*BROKEN, RunError) as error:
-                if isinstance(error, RestartLimitError):
-                    raise
+            except RestartLimitError:
+                raise
+            except Exception as error:  # whatever keeps it from starting counts, and the limit ends it
                 cause, lost_at = error, time.time()
                 continue
             self._report({"event": "back", "name": name, "time": time.time(), "after_s": time.time() - lost_at})
