@@ -9,7 +9,6 @@ from actors.replay_queue import Kept
 from actors.supervision import Member
 from async_rlhf.checkpoints import COMMIT, commit, discard, folder_of, prune
 from async_rlhf.config import Config
-from async_rlhf.errors import LearnerLostError
 from async_rlhf.journal import Mark
 from async_rlhf.state import TrainingState
 
@@ -58,18 +57,21 @@ class Checkpointer:
 
     async def finish(self) -> None:
         """Commit what was begun, and let go of what no longer needs to be kept."""
-        begun, self._begun = self._begun, None
+        begun = self._begun
         if begun is None:
             return
-        try:
-            files = await begun.saving()
-        except LearnerLostError:
-            discard(begun.folder)
-            raise
+        files = await begun.saving()
+        self._begun = None
         commit(begun.folder, begun.state, begun.mark, files)
         self.committed = begun.state.version
         oldest = prune(self._run_folder, self._settings.keep_last)
         await self._queue.call("note", Kept(version=oldest), timeout_s=10 * self._call_s)
+
+    def abandon(self) -> None:
+        """The learner that was writing one is gone."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            discard(begun.folder)
 
     async def _begin(self, state: TrainingState) -> None:
         folder = folder_of(self._run_folder, state.version)

@@ -123,6 +123,8 @@ class ReplayQueue:
         self._sync_s = config.queue.sync_s
         self._changed = asyncio.Condition()
         self._installed: dict[str, int] = {}
+        self._revoked: set[str] = set()
+        """Holders that sample from an undone history; they are about to be replaced."""
         self._shards: tuple[int, tuple[Shard, ...]] = (-1, ())
         self._syncing: asyncio.Task[None] | None = None
         for slot in self._history.ledger.slots.values():  # leases of before this queue's restart live on, on this clock
@@ -141,8 +143,7 @@ class ReplayQueue:
             while True:
                 if self._buffer.finished:
                     return None
-                granted = self._buffer.grant(holder, self._installed[holder], max_tickets, time.monotonic(), request)
-                self._history.flush()
+                granted = self._grant(holder, request, max_tickets)
                 if granted or not await changed_before(self._changed, ends):
                     return granted
 
@@ -162,7 +163,7 @@ class ReplayQueue:
                 case ScoringFailed():
                     self._buffer.fail(fact.tickets, fact.reason)
                 case Undone():
-                    self._installed = {}
+                    self._revoked |= self._installed.keys()
                     self._history.annul(fact.version, fact.newest_faithful)
             self._history.flush()
             self._changed.notify_all()
@@ -209,6 +210,14 @@ class ReplayQueue:
     async def checkpoint(self) -> Mark:
         """Begin a segment; returns how far the history goes, all of it on the disk."""
         return self._history.begin_segment()
+
+    def _grant(self, holder: str, request: int, max_tickets: int) -> list[Ticket]:
+        installed = self._installed[holder]
+        if holder in self._revoked or (self._history.ledger.lineage and installed > self._buffer.decided):
+            return []
+        granted = self._buffer.grant(holder, installed, max_tickets, time.monotonic(), request)
+        self._history.flush()
+        return granted
 
     def _install(self, holder: str, version: int) -> None:
         self._installed[holder] = max(version, self._installed.get(holder, 0))

@@ -121,6 +121,7 @@ class Run:
 
     async def _restart_learner(self, error: LearnerLostError) -> int:
         """Go on from the newest checkpoint; what was booked after it is booked again as it is trained again."""
+        self._checkpointer.abandon()
         version = await self._learner.restart(error)
         checkpoint, _ = newest(self._plan.run_folder)
         fresh = Accounts(config=self._config, run_id=self._plan.run_id).state("training")
