@@ -165,12 +165,13 @@ class Cluster:
                 shutil.rmtree(self.local_folder, ignore_errors=True)
 
     def _close_ray(self) -> None:
-        for actor in self._actors:
+        if self.local_folder is None:  # a Ray of our own ends with all that it holds
+            for actor in self._actors:
+                with suppress(Exception):
+                    kill(actor)
             with suppress(Exception):
-                kill(actor)
-        with suppress(Exception):
-            if self._group is not None:
-                remove_placement_group(self._group)
+                if self._group is not None:
+                    remove_placement_group(self._group)
         ray.shutdown()
 
 

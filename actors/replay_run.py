@@ -9,6 +9,7 @@ import ray
 from actors.launch import Cluster, first_failure, ready
 from actors.learner_crew import LearnerCrew, LearnerParts
 from actors.supervision import Supervisor
+from async_rlhf.errors import ConfigError
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.sharding import shard_batch
 from async_rlhf.types import Batch, StepReport, WeightsVersion
@@ -32,7 +33,7 @@ async def retrain(
     Args:
         asks_digest: of an update; a digest costs a copy of the weights.
     Raises:
-        ConfigError: the cluster is too small. LearnerLostError: a rank died. DeadlineError: it took too long.
+        ConfigError: the cluster is too small, or a batch does not split. LearnerLostError: a rank died. DeadlineError: it took too long.
     """
     learner, config = LearnerCrew(plan, parts, Supervisor(cluster, plan.config, 0, lambda entry: None)), plan.config
     specs = learner.next_specs()
@@ -40,8 +41,15 @@ async def retrain(
     ranks = [cluster.start(spec) for spec in specs]
     waits = [ready(rank, config.timeouts.start_s, lambda name: None) for rank in ranks]
     await first_failure(learner.join(ranks, None), *waits)
+    num_ranks, num_minibatches = config.learner.num_ranks, config.algorithm.minibatches_per_batch
     for batch in batches:
-        shards = shard_batch(batch, num_ranks=config.learner.num_ranks, num_minibatches=config.algorithm.minibatches_per_batch)
+        if len(batch.groups) % (num_ranks * num_minibatches):
+            raise ConfigError(
+                f"batch {batch.update} has {len(batch.groups)} groups, which do not split into {num_minibatches} minibatches on "
+                f"{num_ranks} learner ranks; leave learner.num_ranks and algorithm.minibatches_per_batch as they were, or stop before "
+                f"it: --until {batch.update}"
+            )
+        shards = shard_batch(batch, num_ranks=num_ranks, num_minibatches=num_minibatches)
         reports = await learner.train_step(batch.update, [ray.put(shard) for shard in shards])
         digest = await _digest(learner, reports[0].version, config.timeouts.weights_s) if asks_digest(batch.update) else None
         yield Retrained(update=batch.update, report=reports[0], digest=digest)

@@ -101,23 +101,28 @@ class Run:
 
     async def _train(self, crew: Crew, version: int) -> None:
         evaluator = Evaluator(self._plan, crew)
-        if self._plan.evaluate_start:
-            await self._record("evaluating")
-            self._evaluated("start", await evaluator.evaluate(version))
-        self._accounts.begin(await evaluator.usage())
-        crew.begun.set()
-        self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
 
         async def on_update(record: UpdateRecord) -> None:
             await self._on_update(crew, record)
 
         while True:
             try:
+                if not crew.begun.is_set():
+                    await self._begin(evaluator, crew, version)
                 version = await train(crew, self._config, version, on_update)
                 await self._finish(evaluator, version)
                 return
             except LearnerLostError as error:
                 version = await self._restart_learner(error)
+
+    async def _begin(self, evaluator: Evaluator, crew: Crew, version: int) -> None:
+        """Evaluate the start, unless an earlier driver did, and let tickets be taken."""
+        if self._plan.evaluate_start:
+            await self._record("evaluating")
+            self._evaluated("start", await evaluator.evaluate(version))
+        self._accounts.begin(await evaluator.usage())
+        crew.begun.set()
+        self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
 
     async def _restart_learner(self, error: LearnerLostError) -> int:
         """Go on from the newest checkpoint; what was booked after it is booked again as it is trained again."""
@@ -162,11 +167,11 @@ class Run:
 
     async def _undo(self, crew: Crew, version: int, newest_faithful: int) -> None:
         """A new lineage from `version` on; checkpoints of the old one are no longer of this history."""
-        undone = Undone(version=version, newest_faithful=newest_faithful)
-        await crew.queue.call("note", undone, timeout_s=10 * self._config.timeouts.call_s)
-        for folder in folders(self._plan.run_folder):
+        for folder in folders(self._plan.run_folder):  # first: whatever happens between, no checkpoint is ahead of the journal
             if int(folder.name) > version:
                 discard(folder)
+        undone = Undone(version=version, newest_faithful=newest_faithful)
+        await crew.queue.call("note", undone, timeout_s=10 * self._config.timeouts.call_s)
 
     async def _recast(self, crew: Crew) -> None:
         """Versions of the undone history are with the broadcaster and in the generators: all of these start over."""

@@ -21,15 +21,21 @@ def open_session() -> Path | None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
         return None
-    _sweep()
-    # Short: the path of a Unix socket inside it may not exceed 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    (folder / "owner").write_text(str(os.getpid()), encoding="utf-8")
+    folder = make_session_folder()
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    return folder
+
+
+def make_session_folder() -> Path:
+    """A folder for a Ray of our own, which says whose it is; those of drivers that were killed are removed."""
+    _sweep()
+    # Short: the path of a Unix socket inside it may not exceed 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    (folder / "owner").write_text(str(os.getpid()), encoding="utf-8")
     return folder
 
 

@@ -44,6 +44,20 @@ def resume(
 
 
 @app.command()
+def replay(
+    run: Folder,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings other than the run's own.")] = None,
+    until: Annotated[int | None, typer.Option(help="Stop after so many updates; default: all.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="With the run's metrics and digests; exit code 1 where one differs.")] = False,
+) -> None:
+    """Train a run's batches once more, without generators: the same numbers again, bit for bit, on the CPU."""
+    from async_rlhf.commands.replay import run_replay
+
+    _require_application()
+    raise typer.Exit(run_replay(run, overrides or [], until, compare, Console()))
+
+
+@app.command()
 def sft(words: Words = None, out: Annotated[Path | None, typer.Option(help="Folder of the model; default: the cache.")] = None) -> None:
     """Make the task's supervised start."""
     from async_rlhf.commands.sft import run_sft

@@ -229,9 +229,16 @@ class History:
 
 
 def _same_state(written: Mapping[str, Any], reached: Mapping[str, Any]) -> bool:
-    """Whether two ledgers are the same, batches aside that had been forgotten when the first was written."""
-    kept = {update: entry for update, entry in reached["batches"].items() if update in written["batches"]}
-    return {**reached, "batches": kept} == written
+    """Whether two ledgers are the same, batches aside that one of them had forgotten: forgetting is no event.
+
+    Either may hold more of them: a queue that was restarted remembers again what its predecessor had forgotten.
+    """
+    oldest = max(min(map(int, ledger["batches"]), default=ledger["decided"]) for ledger in (written, reached))
+    old, new = (
+        {**ledger, "batches": {update: entry for update, entry in ledger["batches"].items() if int(update) >= oldest}}
+        for ledger in (written, reached)
+    )
+    return old == new
 
 
 def _other_identity(written: Mapping[str, Any], asked: Mapping[str, object]) -> str:

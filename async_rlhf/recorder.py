@@ -5,6 +5,7 @@ state.json       where the run stands           tensorboard/    the same rows as
 summary.json     the machine-readable last word samples.json    the held-out problems, before and after
 report.html      the page for people            model/          the final policy, a Hugging Face folder
 origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
+LOCK             held by the living driver      heartbeat       touched by it
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion
 """
@@ -38,13 +39,13 @@ def make_run_folder(config: Config) -> Path:
         raise ConfigError(f"run.dir {folder} already holds a run; choose another folder, or delete this one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(_without_secrets(config)), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(without_secrets(config)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run.dir {folder} cannot be written: {error}") from error
     return folder
 
 
-def _without_secrets(config: Config) -> Config:
+def without_secrets(config: Config) -> Config:
     """The config with the values of `env` hidden whose names look like a secret's; secrets belong in the environment."""
     marks = ("TOKEN", "KEY", "SECRET", "PASSWORD")
     env = {name: HIDDEN if any(mark in name.upper() for mark in marks) else value for name, value in config.env.items()}

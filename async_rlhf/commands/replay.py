@@ -28,6 +28,7 @@ from async_rlhf.model_folders import check_critic_folder, check_critic_vocabular
 from async_rlhf.recorder import read_rows
 from async_rlhf.replayed import Extent, batches, shaped, survey
 from async_rlhf.run_plan import RunPlan
+from async_rlhf.state import read_state
 
 if TYPE_CHECKING:
     from actors.launch import Cluster
@@ -95,6 +96,8 @@ def run_replay(folder: Path, words: Sequence[str], until: int | None, compare: b
         return EXIT_OK
     if words:
         _say(console, f"under other settings than the run's: {' '.join(words)}")
+    if count := _resumes(folder):
+        _say(console, f"the run was resumed {count} times: a setting that this changed holds for all updates of a replay")
     return EXIT_FAILED
 
 
@@ -118,6 +121,10 @@ def _plan(folder: Path, words: Sequence[str], console: Console) -> RunPlan:
         check_critic_folder(Path(critic))
         check_critic_vocabulary(Path(critic), model_folder)
     return RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=origin["reward"], metric=origin["metric"])
+
+
+def _resumes(folder: Path) -> int:
+    return read_state(folder).session if (folder / "state.json").is_file() else 0
 
 
 def _comparison(folder: Path, extent: Extent, count: int) -> Comparison:

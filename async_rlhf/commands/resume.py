@@ -15,7 +15,7 @@ from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.recorder import HIDDEN
+from async_rlhf.recorder import HIDDEN, without_secrets
 from async_rlhf.rewards import absolute_reward, load_reward
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
@@ -67,7 +67,7 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
     if undo:
         _say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
-    write_atomically(folder / "config.yaml", to_yaml(config))
+    write_atomically(folder / "config.yaml", to_yaml(without_secrets(config)))
     plan = RunPlan(
         config=config,
         run_folder=folder,

@@ -1,11 +1,11 @@
 """A local Ray for one test module, and model folders small enough to start anything in seconds."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from actors.launch import Cluster, connect
+from actors.session import make_session_folder
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.tasks.start import build_policy, build_tokenizer
@@ -15,7 +15,7 @@ from tests.support.tiny_policy import with_character
 @contextmanager
 def local_cluster() -> Iterator[Cluster]:
     """A Ray of our own, ended at the exit."""
-    cluster = connect(Config(), "tests", Path(tempfile.mkdtemp(prefix="arlhf-")))
+    cluster = connect(Config(), "tests", make_session_folder())
     try:
         yield cluster
     finally:
