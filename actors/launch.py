@@ -22,9 +22,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.remote import CONTROL_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
-from async_rlhf.errors import ConfigError, HeadLostError, RunError
+from async_rlhf.errors import ConfigError, HeadLostError, JournalError, JournalLockedError, RunError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+PERMANENT = (ConfigError, JournalError)
+"""What keeps an actor from starting however often it is tried."""
 
 HEAD_PROBE_S = 5.0
 """Between two looks at Ray's head; and how long one may take."""
@@ -193,6 +196,9 @@ async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], 
         try:
             actor.process = await actor.handle.__ray_call__.remote(_process)
         except Exception as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, PERMANENT) and not isinstance(cause, JournalLockedError):
+                raise cause from error
             raise RunError(f"{actor.name} did not start: {last_line(error)}") from error
 
     await within(construct(), edge=f"the start of {actor.name}", timeout_s=timeout_s)

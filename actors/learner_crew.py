@@ -118,9 +118,14 @@ class LearnerCrew:
         for rank in self.ranks:
             kill_process(rank)
         started = [self._supervisor.cluster.start(spec) for spec in self.next_specs()]
-        await first_failure(*(ready(actor, self._config.timeouts.start_s, lambda name: None) for actor in started))
-        checkpoint, _ = newest(self._plan.run_folder)
-        await self.join(started, checkpoint.folder if checkpoint else None)
+        try:
+            await first_failure(*(ready(actor, self._config.timeouts.start_s, lambda name: None) for actor in started))
+            checkpoint, _ = newest(self._plan.run_folder)
+            await self.join(started, checkpoint.folder if checkpoint else None)
+        except BaseException:
+            for rank in started:  # or they would hold their places
+                kill_process(rank)
+            raise
 
     async def _watch_rank(self, rank: int) -> None:
         while True:

@@ -17,6 +17,9 @@ from async_rlhf.errors import ActorFailedError, ActorLostError, AsyncRLHFError, 
 CONTROL_GROUP = "control"
 """Threads of an actor that answer while its other ones work."""
 
+RAY_ADVICE = " Some common causes include"
+"""Begins what Ray says of every death alike."""
+
 SLICE_S = 5.0
 """A deadline is counted in slices of this length: if this very process is stopped for an hour, one slice has passed."""
 
@@ -133,4 +136,4 @@ async def _unwrapped(reference: Any, edge: str) -> Any:
 def last_line(error: BaseException) -> str:
     """The last line of an error's text: what happened, without the remote traceback before it."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[-1].partition(RAY_ADVICE)[0].strip() if lines else type(error).__name__

@@ -19,6 +19,8 @@ def open_session() -> Path | None:
     The folder is readable by this user alone and holds a fresh token: whoever reaches an open Ray port runs code as we do.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Errors that nobody awaits are those of calls whose other answer was awaited; each is reported once, by us.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if os.environ.get("RAY_ADDRESS"):
         return None
     folder = make_session_folder()

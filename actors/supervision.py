@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from actors.launch import ActorSpec, Cluster, leaf, ready
+from actors.launch import PERMANENT, ActorSpec, Cluster, leaf, ready
 from actors.remote import RemoteActor, kill_process
 from actors.wait_graph import WAITS
 from async_rlhf.config import Config
@@ -44,9 +44,13 @@ class Supervisor:
         self._recent: defaultdict[str, deque[float]] = defaultdict(deque)
 
     async def begin(self, spec: ActorSpec) -> RemoteActor:
-        """Start an actor and wait until it is there."""
+        """Start an actor and wait until it is there; one that is not in time is killed, or it could take somebody's place later."""
         actor = self.cluster.start(spec)
-        await ready(actor, self._start_s, lambda name: None)
+        try:
+            await ready(actor, self._start_s, lambda name: None)
+        except BaseException:
+            kill_process(actor)
+            raise
         return actor
 
     async def replace(self, name: str, cause: Exception, start: Callable[[], Awaitable[None]]) -> None:
@@ -62,7 +66,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 await start()
-            except RestartLimitError:
+            except (RestartLimitError, *PERMANENT):
                 raise
             except Exception as error:  # whatever keeps it from starting counts, and the limit ends it
                 cause, lost_at = error, time.time()
@@ -114,7 +118,7 @@ class Member:
         self._make = make
         self._count = 0
         self._actor: RemoteActor | None = None
-        self._replacing = asyncio.Lock()
+        self._replacing: asyncio.Task[None] | None = None
 
     @property
     def actor(self) -> RemoteActor:
@@ -146,11 +150,13 @@ class Member:
         Raises:
             RestartLimitError: too many were lost.
         """
-        async with self._replacing:
-            if self.actor is lost:
-                kill_process(lost)
-                await self._supervisor.replace(self.name, cause, self._begin)
-            return self.actor
+        if self._replacing is None and self.actor is lost:
+            kill_process(lost)
+            self._replacing = asyncio.create_task(self._replace(cause), name=f"replace {self.name}")
+        if self._replacing is not None:
+            # Shielded: whoever asks may be cancelled, and nobody would know of an incarnation that is just starting.
+            await asyncio.shield(self._replacing)
+        return self.actor
 
     async def keep(self) -> None:
         """Look at whoever plays the part, and replace who dies, for ever."""
@@ -160,6 +166,12 @@ class Member:
                 await self._supervisor.watch(actor)
             except BROKEN as error:
                 await self.replace(actor, error)
+
+    async def _replace(self, cause: Exception) -> None:
+        try:
+            await self._supervisor.replace(self.name, cause, self._begin)
+        finally:
+            self._replacing = None
 
     async def _begin(self) -> None:
         self._actor = await self._supervisor.begin(self.next_spec())

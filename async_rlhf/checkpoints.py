@@ -13,10 +13,10 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from async_rlhf.errors import ConfigError
 from async_rlhf.journal import Mark
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER, COMMIT, STATE, JOURNAL = "checkpoints", "COMMIT", "state.json", "journal.json"
 _CHUNK_BYTES = 1 << 22
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +82,8 @@ def read(folder: Path) -> Checkpoint:
         _check_file(folder, name, size, checksum)
     if folder.name != f"{version:08d}" or not {STATE, JOURNAL} <= files.keys():
         raise ConfigError(f"checkpoint {folder}: its {COMMIT} file is damaged (version {version}, files {', '.join(files)})")
-    state = state_from_json((folder / STATE).read_text(encoding="utf-8"))
-    mark = Mark(**json.loads((folder / JOURNAL).read_text(encoding="utf-8")))
+    state = _parse(folder, STATE, state_from_json)
+    mark = _parse(folder, JOURNAL, lambda text: Mark(**json.loads(text)))
     return Checkpoint(folder=folder, version=version, state=state, mark=mark)
 
 
@@ -134,6 +135,13 @@ def discard(folder: Path) -> None:
     """Delete a checkpoint: its COMMIT file first, so that no crash leaves half of it as a whole one."""
     (folder / COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _parse(folder: Path, name: str, parse: Callable[[str], T]) -> T:
+    try:
+        return parse((folder / name).read_text(encoding="utf-8"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"checkpoint {folder}: {name} was written by another release of async-rlhf: {error}") from None
 
 
 def _check_file(folder: Path, name: str, size: int, checksum: int) -> None:

@@ -185,7 +185,7 @@ class ReplayBuffer:
         failed = tally.voided[FAILED]
         if failed >= MIN_FAILURES and failed > self._settings.max_failed_share * tally.issued:
             raise RewardError(
-                f"{failed} of {tally.issued} prompts failed {self._settings.max_attempts} times each, more than "
+                f"{failed} of {tally.issued} prompts failed (each {self._settings.max_attempts} times: queue.max_attempts), more than "
                 f"queue.max_failed_share ({self._settings.max_failed_share:g}) allows; the last reason: {reason}"
             )
 

@@ -1,20 +1,22 @@
-"""The weight broadcaster: the order of snapshot, install and report; overtaking; failures; slow generators."""
+"""The weight broadcaster: which version is offered to whom and when, what it keeps, and what becomes of a learner that is lost."""
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from actors.weight_broadcaster import WeightBroadcaster
-from async_rlhf.errors import DeadlineError, EngineError, WeightsError
-from async_rlhf.types import InstallReport
-from tests.support.local_actors import LocalActor
+from actors.remote import RemoteActor
+from actors.weight_broadcaster import Offer, WeightBroadcaster
+from async_rlhf.errors import EngineError, LearnerLostError
+from async_rlhf.types import WeightsManifest
+from tests.support.local_actors import LocalHandle
 
 pytestmark = pytest.mark.timeout(60)
-A, B = "generator-0.0", "generator-1.0"
+LONG_S = 20.0
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -26,6 +28,7 @@ class Snapshot:
 
     def __init__(self, version: int) -> None:
         self.version = version
+        self.manifest = WeightsManifest(version=version, tensors=(), canary_ids=(1, 2), canary_logprobs=(-0.5 * version,))
 
 
 class Rank:
@@ -33,11 +36,12 @@ class Rank:
         self.rank, self.stage = rank, stage
         self.gate = asyncio.Event()
         self.gate.set()
+        self.error: Exception | None = None
 
     async def snapshot(self, version: int) -> Snapshot | None:
         await self.gate.wait()
-        if self.stage.snapshot_error is not None:
-            raise self.stage.snapshot_error
+        if self.error is not None:
+            raise self.error
         self.stage.events.append(f"snapshot {version} rank {self.rank}")
         if self.rank:
             return None
@@ -46,95 +50,92 @@ class Rank:
         return made
 
 
-class Installer:
-    """A generator that installs when its gate is open."""
-
-    def __init__(self, name: str, stage: "Stage") -> None:
-        self.name, self.stage = name, stage
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.error: Exception | None = None
-
-    async def install(self, weights: Snapshot) -> InstallReport:
-        self.stage.events.append(f"{self.name} starts {weights.version}")
-        await self.gate.wait()
-        if self.error is not None:
-            raise self.error
-        self.stage.events.append(f"{self.name} has {weights.version}")
-        return InstallReport(version=weights.version, install_s=0.1, pause_s=0.05, canary_error=1e-5)
-
-
-class Queue:
-    def __init__(self, stage: "Stage") -> None:
-        self.stage = stage
-
-    async def installed(self, holder: str, version: int) -> None:
-        self.stage.events.append(f"queue told {holder} {version}")
-
-
 class Stage:
-    """Two ranks, two generators, a queue, and what happened to them in order."""
+    """Two ranks and a broadcaster."""
 
-    def __init__(self, *, timeout_s: float = 20.0) -> None:
+    def __init__(self, *, timeout_s: float = LONG_S) -> None:
         self.events: list[str] = []
         self.alive: dict[int, weakref.ref[Snapshot]] = {}
-        self.snapshot_error: Exception | None = None
         self.ranks = [Rank(rank, self) for rank in range(2)]
-        self.installers = {name: Installer(name, self) for name in (A, B)}
-        self.broadcaster = WeightBroadcaster(
-            [LocalActor(f"learner-{rank.rank}", rank) for rank in self.ranks],  # type: ignore[misc]
-            {name: LocalActor(name, installer) for name, installer in self.installers.items()},  # type: ignore[misc]
-            LocalActor("queue", Queue(self)),  # type: ignore[arg-type]
-            timeout_s,
-        )
+        self.handles = [LocalHandle(f"learner-{rank.rank}", lambda rank=rank: rank) for rank in self.ranks]
+        self.actors = [RemoteActor(handle, handle.name) for handle in self.handles]
+        self.broadcaster = WeightBroadcaster(timeout_s)
 
-    def of(self, name: str) -> list[str]:
-        return [event for event in self.events if name in event]
+    async def publish(self, *versions: int) -> None:
+        for version in versions:
+            await self.broadcaster.publish(version, self.actors)
 
-    async def settle(self) -> None:
-        for _ in range(50):
-            await asyncio.sleep(0)
+    async def offered(self, than: int, wait_s: float = 0.0) -> int | None:
+        return await version_of(await self.broadcaster.newer_than(than, wait_s))
 
 
-def test_every_rank_takes_part_in_a_snapshot_before_any_generator_installs_it():
+async def version_of(offer: Offer | None) -> int | None:
+    """The version of an offer, having looked into its weights."""
+    if offer is None:
+        return None
+    (reference,) = offer.weights
+    assert (await reference).version == offer.version
+    return offer.version
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_a_version_is_offered_only_after_every_rank_took_part_in_its_snapshot():
     async def story() -> None:
         stage = Stage()
         stage.ranks[1].gate.clear()
-        publishing = asyncio.create_task(stage.broadcaster.publish(0))
-        await stage.settle()
-        assert not publishing.done() and stage.of("generator") == []
+        publishing = asyncio.create_task(stage.publish(0))
+        await settle()
+        assert not publishing.done() and await stage.offered(-1) is None
 
         stage.ranks[1].gate.set()
 
-        assert await publishing >= 0
-        assert await stage.broadcaster.wait_installed(0, 5.0)
-        assert stage.events[:2] == ["snapshot 0 rank 0", "snapshot 0 rank 1"]
+        await publishing
+        assert await stage.offered(-1) == 0
+        assert sorted(stage.events) == ["snapshot 0 rank 0", "snapshot 0 rank 1"]
 
     run(story())
 
 
-def test_the_queue_is_told_only_after_the_install_is_through():
+def test_publish_says_what_the_weights_are():
     async def story() -> None:
         stage = Stage()
-        await stage.broadcaster.publish(0)
-        assert await stage.broadcaster.wait_installed(0, 5.0)
 
-        for name in (A, B):
-            assert stage.of(name) == [f"{name} starts 0", f"{name} has 0", f"queue told {name} 0"]
+        published = await stage.broadcaster.publish(3, stage.actors)
+
+        assert (published.version, published.digest) == (3, Snapshot(3).manifest.digest)
+        assert published.canary_logprobs == (-1.5,) and published.export_s >= 0
 
     run(story())
 
 
-def test_publish_returns_when_the_snapshot_is_pulled_and_does_not_wait_for_installs():
+def test_a_generator_that_asks_for_a_newer_version_is_woken_by_it_and_not_before():
     async def story() -> None:
         stage = Stage()
-        stage.installers[A].gate.clear()
-        stage.installers[B].gate.clear()
+        await stage.publish(0)
+        waiting = [asyncio.create_task(stage.offered(0, LONG_S)) for _ in range(2)]
+        await settle()
+        assert not any(task.done() for task in waiting)
 
-        await asyncio.wait_for(stage.broadcaster.publish(0), 5)
+        await stage.publish(1)
 
-        assert await stage.broadcaster.wait_installed(0, 0.05) is False
-        assert await stage.broadcaster.reports() == {}
+        assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [1, 1]
+
+    run(story())
+
+
+def test_waiting_for_a_newer_version_ends_with_none_after_wait_s():
+    async def story() -> None:
+        stage = Stage()
+        await stage.publish(4)
+        started = time.monotonic()
+
+        assert await stage.offered(4, 0.2) is None
+
+        assert 0.2 <= time.monotonic() - started < 5
 
     run(story())
 
@@ -142,33 +143,53 @@ def test_publish_returns_when_the_snapshot_is_pulled_and_does_not_wait_for_insta
 def test_a_newer_version_overtakes_one_that_still_waits():
     async def story() -> None:
         stage = Stage()
-        stage.installers[A].gate.clear()
-        await stage.broadcaster.publish(0)
-        await stage.settle()
-        for version in (1, 2, 3):
-            await stage.broadcaster.publish(version)
-        stage.installers[A].gate.set()
+        await stage.publish(0, 1, 2, 3)
 
-        assert await stage.broadcaster.wait_installed(3, 5.0)
-
-        assert [event for event in stage.of(A) if "starts" in event] == [f"{A} starts 0", f"{A} starts 3"]
-        assert [event for event in stage.of("queue told") if A in event] == [f"queue told {A} 0", f"queue told {A} 3"]
+        assert await stage.offered(0) == 3
+        assert await stage.offered(3) is None
 
     run(story())
 
 
-def test_a_slow_generator_does_not_delay_the_other():
+def test_a_new_broadcaster_has_nothing_until_it_is_given_the_learners_version():
     async def story() -> None:
         stage = Stage()
-        stage.installers[A].gate.clear()
-        for version in range(3):
-            await stage.broadcaster.publish(version)
-            await stage.settle()
+        assert await stage.offered(-1) is None
 
-        assert [event for event in stage.of(B) if "has" in event] == [f"{B} has {version}" for version in range(3)]
-        reports = await stage.broadcaster.reports()
-        assert {name: report.version for name, report in reports.items()} == {B: 2}
-        assert await stage.broadcaster.wait_installed(2, 0.05) is False
+        await stage.publish(7)
+
+        assert await stage.offered(-1) == 7
+
+    run(story())
+
+
+def test_a_learner_that_fell_back_does_not_take_the_generators_back():
+    """Version 3, trained again, is the same as it was: whoever has 5 keeps it, and nobody is offered an older one."""
+
+    async def story() -> None:
+        stage = Stage()
+        await stage.publish(4, 5)
+
+        again = await stage.broadcaster.publish(3, stage.actors)
+
+        assert again.version == 3 and again.canary_logprobs == (-1.5,)
+        assert await stage.offered(2) == 5 and await stage.offered(5) is None
+
+    run(story())
+
+
+def test_a_version_that_is_published_again_is_offered_from_its_new_snapshot():
+    """The first may be gone with its node."""
+
+    async def story() -> None:
+        stage = Stage()
+        await stage.publish(2)
+        first = stage.alive[2]()
+
+        await stage.publish(2)
+
+        offer = await stage.broadcaster.newer_than(1, 0.0)
+        assert offer is not None and await offer.weights[0] is stage.alive[2]() is not first
 
     run(story())
 
@@ -176,10 +197,8 @@ def test_a_slow_generator_does_not_delay_the_other():
 def test_two_versions_are_kept_and_older_ones_are_let_go():
     async def story() -> None:
         stage = Stage()
-        for version in range(5):
-            await stage.broadcaster.publish(version)
-            assert await stage.broadcaster.wait_installed(version, 5.0)
-        await stage.settle()
+        await stage.publish(0, 1, 2, 3, 4)
+        await settle()
         gc.collect()
 
         assert [version for version, held in stage.alive.items() if held() is not None] == [3, 4]
@@ -190,83 +209,82 @@ def test_two_versions_are_kept_and_older_ones_are_let_go():
 def test_a_version_that_is_being_installed_outlives_its_successors():
     async def story() -> None:
         stage = Stage()
-        stage.installers[A].gate.clear()
-        for version in range(4):
-            await stage.broadcaster.publish(version)
-            await stage.settle()
+        await stage.publish(0)
+        offer = await stage.broadcaster.newer_than(-1, 0.0)
+        await stage.publish(1, 2, 3)
+        await settle()
         gc.collect()
 
-        assert stage.alive[0]() is not None
-        stage.installers[A].gate.set()
-        assert await stage.broadcaster.wait_installed(3, 5.0)
+        assert offer is not None and stage.alive[0]() is await offer.weights[0]
+        assert stage.alive[1]() is None
 
     run(story())
 
 
-def test_an_older_version_counts_as_installed_when_a_newer_one_is():
-    async def story() -> None:
-        stage = Stage()
-        await stage.broadcaster.publish(4)
-        assert await stage.broadcaster.wait_installed(4, 5.0)
-
-        assert await stage.broadcaster.wait_installed(2, 0.0)
-        assert not await stage.broadcaster.wait_installed(5, 0.0)
-
-    run(story())
-
-
-def test_the_failure_of_an_install_wakes_the_waiter_and_is_raised_to_everyone_who_asks():
-    async def story() -> None:
-        stage = Stage()
-        await stage.broadcaster.publish(0)
-        assert await stage.broadcaster.wait_installed(0, 5.0)
-        stage.installers[B].error = WeightsError("the canary does not sing")
-        waiting = asyncio.create_task(stage.broadcaster.wait_installed(1, 20.0))
-        await stage.broadcaster.publish(1)
-
-        with pytest.raises(WeightsError, match="does not sing"):
-            await asyncio.wait_for(waiting, 5)
-        with pytest.raises(WeightsError, match="does not sing"):
-            await stage.broadcaster.reports()
-        with pytest.raises(WeightsError, match="does not sing"):
-            await stage.broadcaster.publish(2)
-        assert stage.of("snapshot 2") == []
-        assert f"queue told {B} 1" not in stage.events
-
-    run(story())
-
-
-def test_an_install_that_takes_too_long_is_named_with_its_generator():
-    async def story() -> None:
-        stage = Stage(timeout_s=0.1)
-        stage.installers[A].gate.clear()
-        await stage.broadcaster.publish(0)
-
-        with pytest.raises(DeadlineError, match=rf"waited 0.1 s for {A}\.install"):
-            await stage.broadcaster.wait_installed(0, 10.0)
-
-    run(story())
-
-
-def test_a_snapshot_that_takes_too_long_is_named_with_its_rank():
+def test_a_snapshot_that_takes_too_long_loses_the_learner_and_names_the_rank():
     async def story() -> None:
         stage = Stage(timeout_s=0.1)
         stage.ranks[1].gate.clear()
 
-        with pytest.raises(DeadlineError, match=r"waited 0.1 s for learner-1\.snapshot"):
-            await stage.broadcaster.publish(0)
+        with pytest.raises(LearnerLostError, match=r"version 0 could not be pulled: waited 0\.1 s for learner-1\.snapshot"):
+            await stage.publish(0)
+        assert await stage.offered(-1) is None
 
     run(story())
 
 
-def test_a_snapshot_that_fails_is_raised_and_nothing_is_installed():
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_over_a_snapshot_loses_the_learner_and_the_next_learner_is_pulled_as_usual(rank: int):
+    async def story() -> None:
+        stage, successor = Stage(), Stage()
+        stage.ranks[rank].gate.clear()
+        publishing = asyncio.create_task(stage.publish(1))
+        await settle()
+        stage.handles[rank].die()
+
+        with pytest.raises(LearnerLostError, match=rf"learner-{rank}\.snapshot: the actor died"):
+            await publishing
+        assert await stage.offered(-1) is None
+
+        await stage.broadcaster.publish(1, successor.actors)
+        assert await stage.offered(-1) == 1
+
+    run(story())
+
+
+def test_a_snapshot_that_fails_by_an_error_nobody_expected_loses_the_learner():
     async def story() -> None:
         stage = Stage()
-        stage.snapshot_error = EngineError("the learner is out of memory")
+        stage.ranks[1].error = ValueError("collective call failed")
 
-        with pytest.raises(EngineError, match="out of memory"):
-            await stage.broadcaster.publish(0)
-        await stage.settle()
-        assert stage.events == []
+        with pytest.raises(LearnerLostError, match="collective call failed"):
+            await stage.publish(0)
+        assert await stage.offered(-1) is None
+
+    run(story())
+
+
+def test_an_error_of_ours_in_a_snapshot_is_raised_as_it_is():
+    async def story() -> None:
+        stage = Stage()
+        stage.ranks[0].error = EngineError("the parameters are not whole")
+
+        with pytest.raises(EngineError, match="the parameters are not whole"):
+            await stage.publish(0)
+        assert await stage.offered(-1) is None
+
+    run(story())
+
+
+def test_a_failed_publish_leaves_the_version_before_on_offer():
+    async def story() -> None:
+        stage = Stage()
+        await stage.publish(0)
+        stage.ranks[1].error = ValueError("boom")
+
+        with pytest.raises(LearnerLostError):
+            await stage.publish(1)
+
+        assert await stage.offered(-1) == 0
 
     run(story())

@@ -1,6 +1,8 @@
-"""Messages made up for tests: groups with random tokens, versions and scores."""
+"""Messages made up for tests: groups with random tokens, versions and scores; and when two messages are the same bit for bit."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,3 +38,14 @@ def make_scored(
         reference_logprobs=tuple(-rng.random(len(r.completion_ids), dtype=np.float32) * 3 for r in rollouts),
         completions=tuple("2" for _ in scores),
     )
+
+
+def plain(value: Any) -> Any:
+    """Equal for two messages exactly when they are of the same types and, arrays, of the same bits."""
+    if dataclasses.is_dataclass(value):
+        return type(value), {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return (type(value), [plain(each) for each in value]) if isinstance(value, tuple | list) else (type(value), value)

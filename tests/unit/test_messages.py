@@ -11,17 +11,22 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from async_rlhf import errors, tickets, types
+from actors import engine_loop, generator, remote, replay_queue, weight_broadcaster
+from async_rlhf import errors, events, tickets, types
+from async_rlhf.journal_frames import Mark, Position
 from async_rlhf.metrics import BatchSummary
+from async_rlhf.prompts import PromptCursor
 from async_rlhf.scores import ScoreMoments
+from async_rlhf.state import TrainingState
 
 
 def classes_of(module: ModuleType) -> list[type]:
     return [item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__]
 
 
-MESSAGES = [item for module in (types, tickets) for item in classes_of(module) if dataclasses.is_dataclass(item)]
-MESSAGES += [BatchSummary, ScoreMoments]
+WALKED = (types, tickets, events, replay_queue, weight_broadcaster, engine_loop, generator, remote)
+MESSAGES = [item for module in WALKED for item in classes_of(module) if dataclasses.is_dataclass(item) and item.__name__[0] != "_"]
+MESSAGES += [BatchSummary, ScoreMoments, PromptCursor, Mark, Position, TrainingState]
 MEMBERS = [member for module in (types, tickets) for item in classes_of(module) if issubclass(item, enum.Enum) for member in item]
 ERRORS = classes_of(errors)
 
@@ -36,11 +41,20 @@ def example(hint: Any, count: int = 0) -> Any:
         return next(iter(arguments or hint))
     if origin is tuple:
         return tuple(example(arguments[0], count + i) for i in range(2))
+    if origin is list:
+        return [example(arguments[0], count)]
     if origin in (Mapping, dict):
         return {example(arguments[0], count): example(arguments[1], count)}
     if origin in (Union, UnionType):
         return example(arguments[0], count)
-    simple = {int: count, float: count + 0.5, str: f"text {count}", bool: True, np.ndarray: np.arange(count, count + 3, dtype=np.float32)}
+    simple = {
+        int: count,
+        float: count + 0.5,
+        str: f"text {count}",
+        bool: True,
+        Any: None,
+        np.ndarray: np.arange(count, count + 3, dtype=np.float32),
+    }
     assert hint in simple, f"no example for {hint!r}: teach it to test_messages.example"
     return simple[hint]
 
@@ -53,7 +67,7 @@ def assert_same(left: Any, right: Any) -> None:
     elif isinstance(left, np.ndarray):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
-    elif isinstance(left, tuple):
+    elif isinstance(left, tuple | list):
         assert len(left) == len(right)
         for a, b in zip(left, right, strict=True):
             assert_same(a, b)
@@ -68,6 +82,12 @@ def assert_same(left: Any, right: Any) -> None:
 def test_walk_finds_the_messages_and_the_errors() -> None:
     names = {item.__name__ for item in MESSAGES + ERRORS}
     assert {"Prompt", "Ticket", "ScoredGroup", "WeightsVersion", "QueueCounters", "ConfigError", "ActorLostError"} <= names
+    assert {"Granted", "Annulled", "NextBatch", "Booked", "ScoringFailed", "Published", "Offer", "Collected", "Process"} <= names
+    assert {"ObjectLostError", "LearnerLostError", "RestartLimitError", "JournalError", "JournalLockedError"} <= names
+
+
+def test_every_event_and_every_fact_is_among_the_messages() -> None:
+    assert {*get_args(events.Event), *get_args(replay_queue.Fact)} <= set(MESSAGES)
 
 
 @pytest.mark.parametrize("message", MESSAGES)

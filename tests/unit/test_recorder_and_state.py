@@ -9,7 +9,17 @@ import pytest
 from async_rlhf.config import load_config
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.recorder import Recorder, make_run_folder, read_rows, write_samples, write_summary
+from async_rlhf.recorder import (
+    Recorder,
+    make_run_folder,
+    read_accuracies,
+    read_rows,
+    read_samples,
+    write_origin,
+    write_samples,
+    write_summary,
+)
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState, read_state, state_from_json, write_atomically
 
@@ -27,6 +37,10 @@ STATE = TrainingState(
     best_reward_mean=0.5,
     staleness_max=1,
     weights_version=3,
+    elapsed_s=12.5,
+    session=2,
+    restarts={"generator-0": 1},
+    checkpoint=2,
     queue={"leased": 4, "waiting": 2},
     score_moments=ScoreMoments(count=48, mean=1 / 3, sum_squares=0.1, recent=(0.5, -1.25, 1e-7)),
     actors={"generator-0.0": "installed version 3"},
@@ -179,9 +193,79 @@ def test_summary_and_samples_are_plain_json(tmp_path: Path):
     final = Evaluation(version=9, temperature=0.0, samples=(Sample(prompt="1+1=", completion="2", expected="2", score=1.0), sample))
 
     write_summary(tmp_path, {"accuracy": final.accuracy})
-    write_samples(tmp_path, start, final)
+    write_samples(tmp_path, "start", start)
+    write_samples(tmp_path, "final", final)
 
     assert json.loads((tmp_path / "summary.json").read_text()) == {"accuracy": 0.5}
     samples = json.loads((tmp_path / "samples.json").read_text())
     assert samples["start"]["samples"] == [{"prompt": "1+1=", "completion": "3", "expected": "2", "score": 0.0}]
     assert samples["final"]["version"] == 9
+    assert read_samples(tmp_path) == samples and read_accuracies(tmp_path) == {"start": 0.0, "final": 0.5}
+
+
+def test_an_evaluation_that_is_made_again_replaces_its_own_and_leaves_the_other(tmp_path: Path):
+    first, second = (
+        Evaluation(version=version, temperature=0.0, samples=(Sample(prompt="p", completion="c", expected="c", score=score),))
+        for version, score in ((4, 0.25), (9, 0.75))
+    )
+    write_samples(tmp_path, "start", first)
+    write_samples(tmp_path, "final", first)
+
+    write_samples(tmp_path, "final", second)
+
+    assert read_accuracies(tmp_path) == {"start": 0.25, "final": 0.75}
+
+
+def test_a_folder_without_evaluations_has_none(tmp_path: Path):
+    assert read_samples(tmp_path) == {} and read_accuracies(tmp_path) == {}
+
+
+def test_rows_of_updates_that_will_be_trained_again_are_taken_back_and_the_recorder_goes_on(tmp_path: Path):
+    recorder = Recorder(tmp_path)
+    for version in (1, 2, 3, 4):
+        recorder.write({"version": version})
+
+    recorder.cut_after(2)
+
+    assert read_rows(tmp_path) == [{"version": 1}, {"version": 2}]
+    recorder.write({"version": 3, "again": 1.0})
+    recorder.close()
+    assert read_rows(tmp_path) == [{"version": 1}, {"version": 2}, {"version": 3, "again": 1.0}]
+
+
+def test_taking_rows_back_drops_a_last_line_that_a_crash_cut(tmp_path: Path):
+    record(tmp_path, {"version": 1}, {"version": 2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"version": 3, "rew')
+
+    recorder = Recorder(tmp_path)
+    recorder.cut_after(9)
+    recorder.write({"version": 3})
+    recorder.close()
+
+    assert read_rows(tmp_path) == [{"version": 1}, {"version": 2}, {"version": 3}]
+
+
+def test_incidents_are_lines_in_the_order_in_which_they_happened(tmp_path: Path):
+    recorder = Recorder(tmp_path)
+    entries = [{"event": "lost", "name": "queue", "cause": 'a "quoted"\ncause'}, {"event": "back", "name": "queue", "after_s": 0.5}]
+
+    for entry in entries:
+        recorder.write_incident(entry)
+
+    assert [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()] == entries
+    recorder.close()
+
+
+def test_the_origin_names_what_a_resumed_run_begins_from(tmp_path: Path):
+    plan = RunPlan(config=load_config().config, run_folder=tmp_path, model_folder=tmp_path / "start", reward="a.b:c", metric="d.e:f")
+
+    write_origin(plan)
+
+    origin = json.loads((tmp_path / "origin.json").read_text())
+    assert origin == {"model_folder": str(tmp_path / "start"), "reward": "a.b:c", "metric": "d.e:f"}
+
+
+def test_a_run_is_named_after_its_folder(tmp_path: Path):
+    plan = RunPlan(config=load_config().config, run_folder=tmp_path / "quick-7", model_folder=tmp_path, reward="", metric="")
+    assert (plan.run_id, plan.session, plan.checkpoint) == ("quick-7", 0, None)

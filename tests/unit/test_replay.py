@@ -132,16 +132,54 @@ def test_failed_ticket_goes_out_again_with_the_same_seed_and_prompt_before_any_n
 
 
 @both_orders
-def test_prompt_that_fails_max_attempts_times_is_voided_with_its_reason(order: str) -> None:
+def test_prompt_that_fails_max_attempts_times_is_voided_and_named_with_its_last_reason(order: str) -> None:
     buffer = make_buffer(size=1, eta=0, order=order, max_attempts=2)
     for attempt in range(2):
         (ticket,) = buffer.grant("g", 0, 1, 0.0)
         assert (ticket.ticket_id, ticket.attempt) == (0, attempt)
-        buffer.fail([ticket], "boom")
+        buffer.fail([ticket], f"boom {attempt}")
     (fresh,) = buffer.grant("g", 0, 1, 0.0)
     assert fresh.ticket_id == 1
     assert buffer.counters.voided == {"failed": 1}
-    assert buffer.counters.failed_prompts == {ticket.prompt.prompt_id: "boom"}
+    assert buffer.counters.failed_prompts == {ticket.prompt.prompt_id: "boom 1"}
+
+
+def test_attempts_that_were_lost_are_no_failures_of_their_prompt() -> None:
+    """Two generators died over it, then the scorer failed twice: only the second failure voids at max_attempts 2."""
+    buffer = make_buffer(size=1, eta=0, max_attempts=2)
+    for holder in ("a", "b"):
+        buffer.grant(holder, 0, 1, 0.0)
+        buffer.lose_holder(holder)
+    (third,) = buffer.grant("c", 0, 1, 0.0)
+    buffer.fail([third], "boom")
+    assert (third.attempt, buffer.counters.lost, buffer.counters.voided) == (2, 1, {})
+
+    (fourth,) = buffer.grant("c", 0, 1, 0.0)
+    buffer.fail([fourth], "boom")
+
+    assert (fourth.attempt, buffer.counters.leased, buffer.counters.voided) == (3, 0, {"failed": 1})
+    assert buffer.counters.balanced
+
+
+def test_the_same_failure_reported_twice_counts_once_its_ticket_went_out_again() -> None:
+    buffer = make_buffer(size=1, eta=0, max_attempts=2)
+    (ticket,) = buffer.grant("g", 0, 1, 0.0)
+    buffer.fail([ticket], "boom")
+    (again,) = buffer.grant("g", 0, 1, 0.0)
+
+    buffer.fail([ticket], "boom")
+
+    assert (again.attempt, buffer.counters.leased, buffer.counters.voided) == (1, 1, {})
+
+
+def test_only_the_first_two_hundred_failed_prompts_are_named_but_all_are_counted() -> None:
+    buffer = make_buffer(size=300, eta=0, max_attempts=1, max_failed_share=1.0)
+    tickets = buffer.grant("g", 0, 300, 0.0)
+
+    buffer.fail(tickets, "boom")
+
+    assert buffer.counters.voided == {"failed": 300} and buffer.counters.balanced
+    assert list(buffer.counters.failed_prompts) == [ticket.prompt.prompt_id for ticket in tickets[:200]]
 
 
 def test_failure_of_an_earlier_attempt_or_of_a_finished_group_changes_nothing() -> None:
@@ -224,7 +262,108 @@ def test_result_of_another_incarnation_is_refused_even_with_the_right_attempt_nu
     put_all(buffer, [ticket])
 
 
+def test_result_of_a_lost_lease_that_nobody_holds_yet_is_as_good_as_ever() -> None:
+    buffer = make_buffer(size=2, eta=1)
+    first, second = buffer.grant("dead", 0, 2, 0.0)
+    buffer.lose_holder("dead")
+
+    assert buffer.put(scored(first)) is PutOutcome.KEPT
+    assert buffer.put(scored(second)) is PutOutcome.KEPT
+
+    assert ids(buffer.decide()) == [0, 1]
+    assert buffer.counters.lost == 0
+
+
+def test_result_of_a_lost_lease_must_come_from_its_last_holder_and_attempt() -> None:
+    buffer = make_buffer(size=1, eta=1)
+    (old,) = buffer.grant("first", 0, 1, 0.0)
+    buffer.lose_holder("first")
+    (again,) = buffer.grant("second", 0, 1, 0.0)
+    buffer.lose_holder("second")
+
+    assert buffer.put(scored(old)) is PutOutcome.STALE_ATTEMPT
+    assert buffer.put(scored(replace(again, holder="first"))) is PutOutcome.STALE_ATTEMPT
+    assert buffer.put(scored(replace(again, attempt=0))) is PutOutcome.STALE_ATTEMPT
+    assert buffer.put(scored(again)) is PutOutcome.KEPT
+
+
+def test_result_of_a_lost_lease_that_would_come_too_old_is_refused_and_goes_out_again() -> None:
+    """B 1, eta 0: at version 1 the ticket promises deadline 1; tokens of version 0 would have been due at update 0."""
+    buffer = make_buffer(size=1, eta=0)
+    put_all(buffer, buffer.grant("g", 0, 1, 0.0))
+    buffer.decide()
+    (ticket,) = buffer.grant("g", 1, 1, 0.0)
+    buffer.lose_holder("g")
+
+    assert buffer.put(scored(ticket, 0)) is PutOutcome.TOO_OLD
+
+    assert [again.attempt for again in buffer.grant("h", 1, 1, 0.0)] == [1]
+
+
+def test_tied_result_of_a_lost_lease_is_voided_like_any_other() -> None:
+    buffer = make_buffer(size=1, eta=0, max_replacements_per_batch=1)
+    (ticket,) = buffer.grant("dead", 0, 1, 0.0)
+    buffer.lose_holder("dead")
+
+    assert buffer.put(scored(ticket, tied=True)) is PutOutcome.TIED
+
+    assert buffer.counters.voided == {"tied": 1} and buffer.counters.balanced
+
+
 # Idempotence
+
+
+def test_same_request_number_gives_the_same_tickets_and_the_next_number_new_ones() -> None:
+    buffer = make_buffer(size=4, eta=0)
+    first = buffer.grant("g", 0, 2, 0.0, request=1)
+
+    assert buffer.grant("g", 0, 2, 1.0, request=1) == first
+    assert buffer.grant("g", 0, 1, 1.0, request=1) == first, "whatever else the request asks for"
+    assert [ticket.ticket_id for ticket in buffer.grant("g", 0, 2, 1.0, request=2)] == [2, 3]
+    assert buffer.counters.issued == 4
+
+
+def test_request_numbers_of_two_holders_have_nothing_to_do_with_each_other() -> None:
+    buffer = make_buffer(size=4, eta=0)
+    of_a = buffer.grant("a", 0, 1, 0.0, request=1)
+    of_b = buffer.grant("b", 0, 1, 0.0, request=1)
+
+    assert [of_a[0].ticket_id, of_b[0].ticket_id] == [0, 1]
+    assert buffer.grant("a", 0, 1, 0.0, request=1) == of_a and buffer.grant("b", 0, 1, 0.0, request=1) == of_b
+
+
+def test_request_asked_again_gives_only_what_the_holder_still_holds() -> None:
+    """Of four tickets one was put, one is with the scorer, one failed and went to somebody else."""
+    buffer = make_buffer(size=4, eta=0)
+    put, scoring, failed, held = buffer.grant("g", 0, 4, 0.0, request=5)
+    put_all(buffer, [put])
+    buffer.mark_scoring([scoring], 0.0)
+    buffer.fail([failed], "boom")
+    assert [ticket.ticket_id for ticket in buffer.grant("h", 0, 1, 0.0, request=1)] == [failed.ticket_id]
+
+    assert buffer.grant("g", 0, 4, 0.0, request=5) == [held]
+
+
+def test_request_asked_again_after_its_lease_ran_out_gives_nothing_that_is_lost() -> None:
+    buffer = make_buffer(size=1, eta=0)
+    buffer.grant("g", 0, 1, 0.0, request=1)
+
+    assert buffer.grant("g", 0, 1, LEASE_S, request=1) == []
+    assert [ticket.attempt for ticket in buffer.grant("g", 0, 1, LEASE_S, request=2)] == [1]
+
+
+def test_request_that_got_nothing_may_get_tickets_under_the_same_number() -> None:
+    buffer = make_buffer(size=1, eta=0)
+    put_all(buffer, buffer.grant("g", 0, 1, 0.0, request=1))
+    assert buffer.grant("g", 0, 1, 0.0, request=2) == []
+    buffer.decide()
+
+    assert [ticket.ticket_id for ticket in buffer.grant("g", 1, 1, 0.0, request=2)] == [1]
+
+
+def test_requests_without_a_number_are_never_the_same() -> None:
+    buffer = make_buffer(size=2, eta=0)
+    assert [buffer.grant("g", 0, 1, 0.0)[0].ticket_id for _ in range(2)] == [0, 1]
 
 
 @both_orders
@@ -250,6 +389,19 @@ def test_training_is_counted_once_per_update_and_unknown_updates_not_at_all() ->
     for update in (0, 0, 7):
         buffer.mark_trained(update)
     assert (buffer.counters.taken, buffer.counters.trained) == (0, 2)
+
+
+def test_training_again_says_how_far_the_weights_are_from_those_of_the_first_time() -> None:
+    """Equal digests: 0, whatever the canary. Else the largest difference: max(|-1 + 1.5|, |-2 + 1.75|) = .5 nats."""
+    buffer = make_buffer(size=1, eta=0)
+    put_all(buffer, buffer.grant("g", 0, 1, 0.0))
+    buffer.decide()
+
+    assert buffer.mark_trained(0, 77, (-1.5, -1.75)) == 0.0
+    assert buffer.mark_trained(0, 77, (-9.0, -9.0)) == 0.0
+    assert buffer.mark_trained(0, 78, (-1.0, -2.0)) == pytest.approx(0.5)
+    assert buffer.mark_trained(0, 77, (-1.5, -1.75)) == pytest.approx(0.5), "the last time is what the next one is compared with"
+    assert buffer.counters.trained == 1
 
 
 # The end

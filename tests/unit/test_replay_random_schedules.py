@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from async_rlhf.errors import StalenessError
 from async_rlhf.events import Event
 from async_rlhf.ledger import Ledger
-from async_rlhf.lineage import annul
+from async_rlhf.lineage import annulled
 from async_rlhf.prompts import PromptStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
@@ -113,6 +113,7 @@ class Simulation:
         self.trained: set[int] = set()
         self.decided = self.most_decided = 0
         self.newest = 0  # versions 0..newest exist
+        self.oldest = 0  # where the learner may fall back to
 
     # What can happen
 
@@ -203,9 +204,9 @@ class Simulation:
         """The learner fell back and will not train the last batches as they were; every generator starts over."""
         if self.buffer.finished:
             return
-        version = self.rng.randint(max(0, self.newest - 2), self.newest)
+        version = self.rng.randint(max(self.oldest, self.newest - 2), self.newest)
         undone = [scored for groups in self.batches[version:] for scored in groups]
-        annul(self.buffer.ledger, version, undone, newest_faithful=version)
+        self.undo(version, undone)
         self.batches = self.batches[:version]
         self.newest = self.decided = version
         for scored in undone:
@@ -224,6 +225,9 @@ class Simulation:
             generator.restarts += 1
         self.undead += self.sampled
         self.sampled = []
+
+    def undo(self, version: int, undone: list[ScoredGroup]) -> None:
+        self.buffer.ledger.record(annulled(self.buffer.ledger, version, undone, newest_faithful=version))
 
     def decide(self) -> bool:
         batch = self.buffer.decide()

@@ -70,8 +70,13 @@ def finished(path: Path, *, updates: int = 3) -> Path:
     write_summary(folder, summary())
     before = [("1+1=", "3", 0.0), ("1+2=", "3", 1.0), ("1+3=", "", 0.0), ("1+4=", "5", 1.0)]
     after = [("1+1=", "2", 1.0), ("1+2=", "9", 0.0), ("1+3=", "4", 1.0), ("1+4=", "5", 1.0)]
-    write_samples(folder, evaluation(0, before), evaluation(updates, after))
+    write_both(folder, evaluation(0, before), evaluation(updates, after))
     return folder
+
+
+def write_both(folder: Path, start: Evaluation, final: Evaluation) -> None:
+    write_samples(folder, "start", start)
+    write_samples(folder, "final", final)
 
 
 def page_of(folder: Path) -> str:
@@ -298,7 +303,7 @@ def test_changed_problems_come_first_and_many_fixed_ones_leave_room_for_broken_o
     start = evaluation(0, [(prompt, "before", scores[0]) for prompt, scores in asked])
     # Another order after: two generators share the problems.
     final = evaluation(3, [(prompt, "after", scores[1]) for prompt, scores in reversed(asked)])
-    write_samples(folder, start, final)
+    write_both(folder, start, final)
 
     page = _Page(page_of(folder))
 
@@ -306,6 +311,15 @@ def test_changed_problems_come_first_and_many_fixed_ones_leave_room_for_broken_o
     assert [cells[0] for cells in rows] == ["fixed"] * (MAX_SAMPLES - 3) + ["broken"] * 3
     assert rows[0] == ["fixed", "problem 0", "expected problem 0", "\u2717 before", "\u2713 after"]
     assert rows[-1] == ["broken", "problem 122", "expected problem 122", "\u2713 before", "\u2717 after"]
+
+
+def test_a_run_that_evaluated_only_its_start_shows_no_problems_yet(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    without = [cells for cells in _Page(page_of(folder)).rows if len(cells) == 5]
+
+    write_samples(folder, "start", evaluation(0, [("1+1=", "3", 0.0)]))
+
+    assert [cells for cells in _Page(page_of(folder)).rows if len(cells) == 5] == without
 
 
 def test_unchanged_problems_follow_wrong_ones_first_and_an_empty_answer_is_named(tmp_path: Path) -> None:
@@ -318,7 +332,7 @@ def test_unchanged_problems_follow_wrong_ones_first_and_an_empty_answer_is_named
 
 def test_scores_that_are_not_zero_or_one_get_no_wilson_interval(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
-    write_samples(folder, evaluation(0, [("a", "x", 0.25)]), evaluation(3, [("a", "y", 0.5)]))
+    write_both(folder, evaluation(0, [("a", "x", 0.25)]), evaluation(3, [("a", "y", 0.5)]))
 
     page = _Page(page_of(folder))
 
@@ -352,7 +366,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, config=CONFIG + f"# {HOSTILE[:30]}\n", run_id=HOSTILE, phase=HOSTILE)
     running = page_of(folder)
     write_summary(folder, summary(exit=HOSTILE, error=HOSTILE, dropped={HOSTILE: 1}))
-    write_samples(folder, evaluation(0, [(HOSTILE, HOSTILE, 0.0)]), evaluation(3, [(HOSTILE, HOSTILE, 1.0)]))
+    write_both(folder, evaluation(0, [(HOSTILE, HOSTILE, 0.0)]), evaluation(3, [(HOSTILE, HOSTILE, 1.0)]))
     ended = page_of(folder)
 
     for text in (running, ended):
@@ -398,7 +412,7 @@ def test_variable_named_like_a_secret_loses_its_value(tmp_path: Path) -> None:
 def test_long_text_loses_its_middle_only(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     long = "H" * MAX_TEXT + "M" * 5000 + "T" * MAX_TEXT
-    write_samples(folder, evaluation(0, [(long, "x", 0.0)]), evaluation(3, [(long, "x", 0.0)]))
+    write_both(folder, evaluation(0, [(long, "x", 0.0)]), evaluation(3, [(long, "x", 0.0)]))
 
     prompt = _Page(page_of(folder)).row("still wrong")[1]
 
@@ -410,7 +424,7 @@ def test_page_of_two_thousand_updates_and_hostile_samples_stays_small(tmp_path: 
     folder = run_folder(tmp_path, updates=2000)
     write_summary(folder, summary())
     flood = [(f"{index} " + "\x01<&\u202e" * 5000, "\u202e" * 20000, index % 2.0) for index in range(500)]
-    write_samples(folder, evaluation(0, flood), evaluation(2000, flood[1:] + flood[:1]))
+    write_both(folder, evaluation(0, flood), evaluation(2000, flood[1:] + flood[:1]))
 
     assert write_report(folder).stat().st_size < MAX_PAGE_BYTES
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.replay_queue import ReplayQueue
+from actors.replay_queue import ReplayQueue, WithScorer
 from actors.scorer import Scorer
 from async_rlhf.config import load_config
 from async_rlhf.config.schema import RewardConfig
@@ -290,7 +290,24 @@ def score_groups(folder: Path, function: str, *overrides: str, cuts: tuple[tuple
     config = load_config(overrides=list(overrides)).config
     path = f"{folder / 'reward.py'}:{function}"
     groups: list[RolloutGroup] = [cut_some(make_scored(make_ticket(index)), *cut).group for index, cut in enumerate(cuts)]
-    return Scorer(config, str(folder), path, path).score(groups)
+    count, scored = Scorer(config, str(folder), path, path).score(groups)
+    assert count == len(groups)
+    return scored
+
+
+def test_a_scorer_asked_for_one_group_scores_it_as_it_does_among_all(policy_folder: Path):
+    """Other groups are not even looked at: theirs may be what breaks the reward function."""
+    path = f"{policy_folder / 'reward.py'}:count"
+    scorer = Scorer(load_config().config, str(policy_folder), path, path)
+    groups = [make_scored(make_ticket(index)).group for index in range(3)]
+    _, among_all = scorer.score(groups)
+
+    for index in range(3):
+        count, (alone,) = scorer.score(groups, index)
+
+        assert count == 1 and alone.group is groups[index] and alone.completions == among_all[index].completions
+        for ours, theirs in zip(alone.reference_logprobs, among_all[index].reference_logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_fixed_penalty_decides_ties(policy_folder: Path):
@@ -324,26 +341,26 @@ def test_a_percentile_leaves_the_scorers_scores_and_so_the_ties_alone(policy_fol
 
 async def decide(queue: ReplayQueue, update: int, scores: list[tuple[float, float]]) -> tuple[list[list[float]], ScoreMoments, float]:
     """Shaped scores of the batch that the queue deals out, the moments and the mean reward that it reports."""
-    await queue.installed("generator-0.0", update)
-    tickets = await queue.tickets("generator-0.0", 2, 0.0)
+    tickets = await queue.tickets("generator-0.0", update, update, 2, 0.0)
     assert tickets is not None and len(tickets) == 2
     groups = [make_scored(ticket, version=update, scores=pair) for ticket, pair in zip(tickets, scores, strict=True)]
-    await queue.scoring([scored.group.ticket for scored in groups])
+    await queue.note(WithScorer(tickets=tuple(tickets)))
     assert await queue.put(groups) == [PutOutcome.KEPT] * 2
     summary = (await queue.next_batch(update, 0.0)).summary
     assert summary is not None
-    (minibatch,) = await queue.take(update, 0)
-    await queue.trained(update)
+    taken, (minibatch,) = await queue.take(update, 0)
+    assert taken == update
+    await queue.trained(update, 0, ())
     shaped = {scored.group.ticket.ticket_id: scored.scores.tolist() for scored in minibatch}
     return [shaped[ticket_id] for ticket_id in sorted(shaped)], summary.moments, summary.metrics["reward/batch_mean"]
 
 
-def test_the_queue_deals_out_shaped_scores_and_reports_raw_ones_with_their_moments(policy_folder: Path):
+def test_the_queue_deals_out_shaped_scores_and_reports_raw_ones_with_their_moments(policy_folder: Path, tmp_path: Path):
     """First batch 0, 2, 4, 6: mean 3, variance (9 + 1 + 1 + 9) / 4 = 5. Second 3, 8, 3, 3: (8 - 3) / sqrt 5 = 2.2360680."""
     overrides = ["updates=2", "batch_groups=2", "max_staleness=0", "reward.normalize=true", "queue.ties=keep"]
 
     async def two_updates() -> None:
-        queue = ReplayQueue(load_config(overrides=overrides).config, str(policy_folder))
+        queue = ReplayQueue(load_config(overrides=overrides).config, str(policy_folder), str(tmp_path), 0)
         first, moments, mean = await decide(queue, 0, [(0.0, 2.0), (4.0, 6.0)])
         assert (first, mean) == ([[0.0, 2.0], [4.0, 6.0]], 3.0)
         assert (moments.count, moments.mean, moments.std) == (4, 3.0, pytest.approx(5**0.5))
