@@ -16,10 +16,11 @@ lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-bench: setup           ## Everything that is timed, or takes long (about an hour)
+bench: setup           ## Everything that is timed, or takes long (about an hour and a half)
 	$(PY) benchmarks/startup.py
 	$(PY) benchmarks/bias.py
 	$(PY) benchmarks/learning.py
+	$(PY) benchmarks/chaos.py
 
 setup: $(STAMP)        ## The virtual environment with everything in it
 

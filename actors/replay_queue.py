@@ -124,7 +124,7 @@ class ReplayQueue:
         self._changed = asyncio.Condition()
         self._installed: dict[str, int] = {}
         self._revoked: set[str] = set()
-        """Holders that sample from an undone history; they are about to be replaced."""
+        """Holders that are gone, or about to be: they sample from an undone history."""
         self._shards: tuple[int, tuple[Shard, ...]] = (-1, ())
         self._syncing: asyncio.Task[None] | None = None
         for slot in self._history.ledger.slots.values():  # leases of before this queue's restart live on, on this clock
@@ -159,11 +159,13 @@ class ReplayQueue:
                 case WithScorer():
                     self._buffer.mark_scoring(fact.tickets, time.monotonic())
                 case HolderGone():
+                    self._revoked.add(fact.holder)  # the queue may still hold its last request
                     self._buffer.lose_holder(fact.holder)
                 case ScoringFailed():
                     self._buffer.fail(fact.tickets, fact.reason)
                 case Undone():
                     self._revoked |= self._installed.keys()
+                    self._shards = (-1, ())
                     self._history.annul(fact.version, fact.newest_faithful)
             self._history.flush()
             self._changed.notify_all()
@@ -197,6 +199,8 @@ class ReplayQueue:
     async def take(self, update: int, rank: int) -> tuple[int, Shard]:
         """(update, rank `rank`'s shard of this decided batch); the same again when asked again."""
         if self._shards[0] != update:
+            if self._history.summary(update) is None:
+                raise RunError(f"a shard of batch {update} was asked for, but that batch is not decided, or no longer kept")
             batch = self._history.batch(update)
             self._shards = update, shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
         return update, self._shards[1][rank]

@@ -116,8 +116,8 @@ class ReplayBuffer:
             RewardError: more than `max_failed_share` of all prompts were voided for that.
         """
         for ticket in tickets:
-            if self._state_of(ticket) in (None, TicketState.WAITING):
-                continue
+            if self._state_of(ticket) in (None, TicketState.WAITING, TicketState.LOST):
+                continue  # LOST: reported before
             last = self.ledger.slots[ticket.ticket_id].num_failures + 1 >= self._settings.max_attempts
             self.ledger.record(Failed(ticket_id=ticket.ticket_id, reason=reason, for_good=last))
         self._check_failed_share(reason)

@@ -185,7 +185,7 @@ class CheckpointConfig:
 class SupervisionConfig:
     """What happens when a process dies, or freezes."""
 
-    max_restarts: int = number(5, ge=0, le=1_000_000)
+    max_restarts: int = number(8, ge=0, le=1_000_000)
     """Restarts of one actor, or of the learner group, within `window_s`; one more failure ends the run."""
     window_s: float = number(600.0, gt=0.0, le=1e6)
     backoff_s: float = number(1.0, ge=0.0, le=1e6)

@@ -23,7 +23,7 @@ from async_rlhf.prompts import PromptStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks.base import Problem
-from async_rlhf.tickets import PutOutcome, ReplaySettings
+from async_rlhf.tickets import PutOutcome, ReplaySettings, TicketState
 from async_rlhf.types import FinishReason, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
 
 LEASE_S = 10.0
@@ -181,6 +181,8 @@ class Simulation:
             lease = leases.pop(self.rng.randrange(len(leases)))
             current = self.live.get(lease.ticket.ticket_id)
             counts = current is not None and current.attempt == lease.ticket.attempt and lease.ticket.ticket_id not in self.kept
+            slot = self.buffer.ledger.slots.get(lease.ticket.ticket_id)
+            counts = counts and slot is not None and slot.state is not TicketState.LOST
             self.buffer.fail([lease.ticket], "by chance")
             self.failures[lease.ticket.ticket_id] += counts
             if counts and self.failures[lease.ticket.ticket_id] == MAX_ATTEMPTS:
