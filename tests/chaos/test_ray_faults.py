@@ -75,7 +75,7 @@ sys.stdin.read()
 def test_a_full_object_store_spills_and_a_full_disk_ends_the_run_by_name_and_loses_nothing(tmp_path: Path) -> None:
     """Somebody else fills Ray's shared memory (80 MiB) more than twice over; later the journal may not grow any more."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    with driver(log, "train", *SMALL, "updates=60", f"run.dir={folder}", "run.object_store_mib=80") as process:
+    with driver(log, "train", *SMALL, "updates=400", f"run.dir={folder}", "run.object_store_mib=80") as process:
         wait_for(has_rows(folder, 3), process, log)
         arguments = [sys.executable, "-c", HOG, str(folder / "ray.json")]
         with subprocess.Popen(arguments, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
@@ -89,7 +89,7 @@ def test_a_full_object_store_spills_and_a_full_disk_ends_the_run_by_name_and_los
         assert process.wait(timeout=120) == 1
 
     assert "cannot write the journal: no space" in summary_of(folder)["error"]
-    resumed = run_cli("resume", str(folder))
+    resumed = run_cli("resume", str(folder), f"updates={len(rows_of(folder)) + 5}")
     assert resumed.code == 0, resumed.output
     assert audit(folder).problems == ()
 
