@@ -94,6 +94,7 @@ def test_a_full_object_store_spills_and_a_full_disk_ends_the_run_by_name_and_los
     assert audit(folder).problems == ()
 
 
+@pytest.mark.long
 def test_without_rays_head_the_run_ends_with_that_reason_and_can_be_resumed(tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     with driver(log, "train", *SMALL, "updates=400", f"run.dir={folder}", "generator.max_inflight=32") as process:
@@ -143,6 +144,7 @@ def two_nodes(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
             cluster.wait(timeout=60)
 
 
+@pytest.mark.long
 def test_a_lost_node_costs_no_sample_and_its_places_are_filled_again_when_another_comes(tmp_path_factory: pytest.TempPathFactory) -> None:
     import tempfile
 

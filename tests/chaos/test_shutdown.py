@@ -52,7 +52,13 @@ def start(started: list[ChaosRun], folder: Path, *settings: str) -> ChaosRun:
     return run
 
 
-@pytest.mark.parametrize(("signum", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+@pytest.mark.parametrize(
+    ("signum", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.long),
+    ],
+)
 def test_signal_ends_a_run_with_a_checkpoint_and_nothing_left_and_a_resume_goes_on_to_the_end(
     tmp_path: Path, started: list[ChaosRun], signum: signal.Signals, code: int, word: str
 ) -> None:
@@ -77,6 +83,7 @@ def test_signal_ends_a_run_with_a_checkpoint_and_nothing_left_and_a_resume_goes_
     assert found.problems == () and found.updates == 30
 
 
+@pytest.mark.long
 def test_second_signal_ends_a_run_at_once_and_a_resume_goes_on(tmp_path: Path, started: list[ChaosRun]) -> None:
     run = start(started, tmp_path / "run", "updates=20")
     run.wait_for_update(6)
@@ -109,6 +116,7 @@ def test_reward_that_never_returns_costs_its_prompt_and_not_the_run(tmp_path: Pa
     assert run.leftovers() == []
 
 
+@pytest.mark.long
 def test_reward_that_always_raises_ends_the_run_as_bad_input_and_says_why(tmp_path: Path, started: list[ChaosRun]) -> None:
     reward = tmp_path / "raising.py"
     reward.write_text(RAISING)
