@@ -268,6 +268,7 @@ def test_replay_names_the_first_number_that_is_not_the_runs(undisturbed: Path, t
     assert f"train/loss {rows[3]['train/loss']!r} in the run" in done.output
 
 
+@pytest.mark.long
 def test_replay_on_two_ranks_differs_by_rounding_and_says_by_how_much(undisturbed: Path) -> None:
     done = run_cli("replay", str(undisturbed), "--compare", "--until", "3", "learner.num_ranks=2", "learner.zero_stage=2")
 
