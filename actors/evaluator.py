@@ -61,7 +61,7 @@ class Evaluator:
         prompts, rollouts = [prompt for prompt, _ in answers], [rollout for _, rollout in answers]
         scores, texts = await self._crew.scorers[0].call("judge", prompts, rollouts, timeout_s=self._timeouts.score_s)
         samples = tuple(
-            Sample(prompt=prompt.text, completion=text, expected=prompt.columns.get("answer", ""), score=score)
+            Sample(prompt=prompt.text, completion=text, expected=str(prompt.columns.get("answer", "")), score=score)
             for prompt, text, score in zip(prompts, texts, scores, strict=True)
         )
         return Evaluation(version=version, temperature=0.0, samples=samples)

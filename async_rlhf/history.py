@@ -15,7 +15,7 @@ import numpy as np
 
 from async_rlhf import history_codec as codec
 from async_rlhf import rollout_table
-from async_rlhf.config.schema import RewardConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Arrived, Decided, Event, SessionBegan
 from async_rlhf.journal import Frame, Journal, Mark, Position

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from async_rlhf import history_codec as codec
 from async_rlhf import rollout_table, rollouts
-from async_rlhf.config.schema import RewardConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Decided, Dropped, Trained
 from async_rlhf.journal import Position, read_frames

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.types import JsonValue
 
 RewardFunction = Callable[..., Sequence[float]]
 """`score(prompts, completions, **columns) -> list[float]`: one score per completion; each column is a list, too."""
@@ -44,7 +45,7 @@ def absolute_reward(path: str) -> str:
 
 
 def call_reward(
-    function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[Mapping[str, str]]
+    function: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[Mapping[str, JsonValue]]
 ) -> np.ndarray:
     """Score completions, and check the answer.
 

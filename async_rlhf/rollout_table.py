@@ -3,6 +3,7 @@
 rollouts/part-00000000.parquet   what became of each group too; `datasets.load_dataset("parquet", data_files=...)` opens it
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ SCHEMA: pa.Schema = pa.schema(
         ("prompt", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         # A list of pairs, because `datasets` knows no map type.
-        ("prompt_columns", pa.list_(pa.struct([("name", pa.string()), ("text", pa.string())]))),
+        ("prompt_columns", pa.list_(pa.struct([("name", pa.string()), ("json", pa.string())]))),
         ("completion_index", pa.int32()),  # 0 begins the next group
         ("completion", pa.string()),
         ("completion_ids", pa.list_(pa.int32())),
@@ -40,6 +41,7 @@ SCHEMA: pa.Schema = pa.schema(
         ("version_spans", pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))),
         ("finish_reason", pa.string()),
         ("score", pa.float32()),
+        ("reward_parts", pa.list_(pa.struct([("name", pa.string()), ("score", pa.float32())]))),
     ]
 )
 """A group is a run of rows; the columns of ticket and prompt repeat in each."""
@@ -49,7 +51,7 @@ FATE_SCHEMA: pa.Schema = pa.schema([*SCHEMA, ("fate", pa.string()), ("update", p
 
 TRAINED = "trained"
 
-_PAYLOAD_MAGIC = b"GROUPS 1"
+_PAYLOAD_MAGIC = b"GROUPS 2"
 """Begins each journal payload; the digit is the version of SCHEMA. 8 bytes, so that Arrow's buffers stay aligned."""
 _GROUPS_PER_WRITE = 64
 """Groups in one row group of a part: what writing holds in memory."""
@@ -80,7 +82,7 @@ def to_batch(groups: Sequence[ScoredGroup]) -> pa.RecordBatch:
         "prompt_id": [prompt.prompt_id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
         "prompt_ids": _lists([prompt.token_ids for prompt in prompts], np.int32),
-        "prompt_columns": [[{"name": name, "text": text} for name, text in prompt.columns.items()] for prompt in prompts],
+        "prompt_columns": [[{"name": name, "json": json.dumps(value)} for name, value in prompt.columns.items()] for prompt in prompts],
         "completion_index": [index for _, index, _ in rows],
         "completion": [scored.completions[index] for scored, index, _ in rows],
         "completion_ids": _lists([rollout.completion_ids for _, _, rollout in rows], np.int32),
@@ -91,6 +93,9 @@ def to_batch(groups: Sequence[ScoredGroup]) -> pa.RecordBatch:
         ],
         "finish_reason": [rollout.finish_reason.value for _, _, rollout in rows],
         "score": np.concatenate([np.empty(0, np.float32), *(scored.scores for scored in groups)]),
+        "reward_parts": [
+            [{"name": name, "score": scores[index]} for name, scores in scored.reward_parts.items()] for scored, index, _ in rows
+        ],
     }
     arrays = [pa.array(column, field.type) for field, column in zip(SCHEMA, columns.values(), strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
@@ -128,6 +133,7 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredGroup]:
                 scores=scores[begin:end].copy(),
                 reference_logprobs=tuple(columns["reference_logprobs"][begin:end]),
                 completions=tuple(plain["completion"][begin:end]),
+                reward_parts=_parts(plain["reward_parts"][begin:end]),
             )
         )
     return groups
@@ -260,6 +266,8 @@ def _check_lossless(scored: ScoredGroup) -> None:
     counts = {len(group.rollouts), len(scored.completions), len(scored.reference_logprobs), *scored.scores.shape}
     assert len(counts) == 1 and counts != {0}, f"{name}: one score, text and reference array per completion, got counts {counts}"
     assert scored.judged_scores is None, f"{name}: groups are journaled before a batch shapes their scores"
+    for part, values in scored.reward_parts.items():
+        assert values.dtype == np.float32 and values.shape == scored.scores.shape, f"{name}: part {part} has one float32 score each"
     assert scored.scores.dtype == np.float32, f"{name}: scores are float32, got {scored.scores.dtype}"
 
 
@@ -273,13 +281,18 @@ def _lists(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> pa.ListArra
     return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate([np.empty(0, dtype), *arrays]))
 
 
+def _parts(of_rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
+    names = [pair["name"] for pair in of_rows[0]]
+    return {name: np.array([pairs[index]["score"] for pairs in of_rows], dtype=np.float32) for index, name in enumerate(names)}
+
+
 def _arrays(column: pa.ListArray) -> list[np.ndarray]:
     offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
     return [values[begin:end].copy() for begin, end in pairwise(offsets)]
 
 
 def _ticket(plain: Mapping[str, list[Any]], row: int, prompt_ids: np.ndarray) -> Ticket:
-    columns = {pair["name"]: pair["text"] for pair in plain["prompt_columns"][row]}
+    columns = {pair["name"]: json.loads(pair["json"]) for pair in plain["prompt_columns"][row]}
     prompt = Prompt(prompt_id=plain["prompt_id"][row], text=plain["prompt"][row], token_ids=prompt_ids, columns=columns)
     names = ("ticket_id", "attempt", "holder", "epoch", "seed", "deadline")
     return Ticket(prompt=prompt, **{name: plain[name][row] for name in names})

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from async_rlhf.config.schema import RewardConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.types import Batch, FinishReason, ScoredGroup
 
 MAX_RECENT = 1024

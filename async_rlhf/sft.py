@@ -161,7 +161,7 @@ def _make_examples(config: Config, task: Task, tokenizer: "PreTrainedTokenizerFa
     examples: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for index in range(task.num_problems):
         problem = task.problem(index)
-        answer = problem.columns["answer"]
+        answer = str(problem.columns["answer"])
         if rng.random() < config.sft.wrong_share:
             answer = task.careless_answer(problem, rng)
         prompt_ids = tokenizer.encode(problem.text)

@@ -7,11 +7,15 @@ initial policy, update u consumes batch u and turns version u into version u + 1
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeAlias
 
 import numpy as np
+
+JsonValue: TypeAlias = "str | int | float | bool | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+"""What a dataset's column may hold."""
 
 
 class FinishReason(StrEnum):
@@ -33,8 +37,8 @@ class Prompt:
     """The prompt as the reward function sees it."""
     token_ids: np.ndarray
     """[P] int32 token ids, exactly as the policy reads them."""
-    columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Further columns of the dataset row, handed to the reward function by name."""
+    columns: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    """Further columns of the dataset row, handed to the reward function by name; `messages` holds a chat prompt's messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +121,8 @@ class ScoredGroup:
     """K arrays [T] float32: natural-log probability of each token under the frozen start, at the sampling temperature."""
     completions: tuple[str, ...]
     """K decoded completions, special tokens removed: what the reward function saw."""
+    reward_parts: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    """Where the score is a weighted sum: name -> [K] float32, each part before its weight; else empty."""
     judged_scores: np.ndarray | None = None
     """[K] the scores before a batch shaped them (scores.py); None: nothing did."""
 

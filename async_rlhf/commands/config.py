@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from async_rlhf.config import load_config
+from async_rlhf.config.fields import named_section
 
 
 def run_config(files: Sequence[str], overrides: Sequence[str], console: Console) -> None:
@@ -28,6 +29,11 @@ def _lines(section: Any, prefix: str = "", indent: str = "") -> Iterator[tuple[s
         if is_dataclass(value):
             yield f"{indent}{item.name}:", ""
             yield from _lines(value, f"{prefix}{item.name}.", indent + "  ")
+        elif named_section(item.type) and value:
+            yield f"{indent}{item.name}:", ""
+            for name, section_of_name in value.items():
+                yield f"{indent}  {name}:", ""
+                yield from _lines(section_of_name, f"{prefix}{item.name}.{name}.", indent + "    ")
         else:
             yield f"{indent}{item.name}: {_yaml(value)}", f"{prefix}{item.name}"
 

@@ -81,7 +81,7 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
             texts = tokenizer.batch_decode([r.completion_ids.tolist() for r in rollouts], skip_special_tokens=True)
             scores = call_reward(metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
             samples = tuple(
-                Sample(prompt=p.text, completion=text, expected=p.columns.get("answer", ""), score=float(score))
+                Sample(prompt=p.text, completion=text, expected=str(p.columns.get("answer", "")), score=float(score))
                 for p, text, score in zip(prompts, texts, scores, strict=True)
             )
             evaluation = Evaluation(version=report.version, temperature=temperature, samples=samples)

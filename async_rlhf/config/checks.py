@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from async_rlhf.config.algorithms import AlgorithmConfig, CriticConfig
+from async_rlhf.config.fields import named_section
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
 
@@ -43,6 +44,9 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float, dict[
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
             yield from _numbers(value, f"{prefix}{item.name}.")
+        elif named_section(item.type):
+            for name, section_of_name in value.items():
+                yield from _numbers(section_of_name, f"{prefix}{item.name}.{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{item.name}", value, dict(item.metadata)
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from async_rlhf.config.checks import check_config
+from async_rlhf.config.fields import NAME, named_section
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
 
@@ -155,28 +156,52 @@ def _defaults() -> Any:
 
 def _is_text(key: str) -> bool:
     """The setting is free text, which must reach it unchanged."""
-    section: Any = Config
-    *parents, last = key.split(".")
-    for part in parents:
-        section = next((f.type for f in dataclasses.fields(section) if f.name == part), None)
-        if not dataclasses.is_dataclass(section):
-            return parents == ["env"]
-    return any(f.name == last and f.type is str for f in dataclasses.fields(section))
+    return key.startswith("env.") or _types_by_key().get(_canonical(key)) is str
 
 
 @cache
 def known_keys() -> tuple[str, ...]:
-    """Every settable key, sections as `section.key`."""
-    return tuple(key for key, _ in _flatten(cast(dict[str, Any], OmegaConf.to_container(_defaults()))))
+    """Every settable key, sections as `section.key`, and `section.NAME.key` where users name the sections."""
+    return tuple(_types_by_key())
+
+
+@cache
+def _types_by_key() -> dict[str, Any]:
+    return dict(_walk(Config))
+
+
+def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(section):
+        named = named_section(item.type)
+        if named or dataclasses.is_dataclass(item.type):
+            yield from _walk(named or item.type, f"{prefix}{item.name}.{NAME}." if named else f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.type
+
+
+def _canonical(key: str) -> str:
+    """The key with NAME in place of the names that users give to sections."""
+    parts: list[str] = []
+    section: Any = Config
+    named = False
+    for part in key.split("."):
+        parts.append(NAME if named else part)
+        if named:
+            named = False
+        elif dataclasses.is_dataclass(section):
+            kind = next((f.type for f in dataclasses.fields(section) if f.name == part), None)
+            named = named_section(kind) is not None
+            section = named_section(kind) or kind
+    return ".".join(parts)
 
 
 def _check_key(key: str, value: Any, origin: str) -> None:
-    keys = known_keys()
+    keys, canonical = known_keys(), _canonical(key)
     sections = {known.rsplit(".", depth)[0] for known in keys for depth in range(1, known.count(".") + 1)}
-    if key in sections:
-        raise ConfigError(f"{key} is a section of settings, got {value!r} (in {origin}); set one of its keys: {_inside(key, keys)}")
-    if key not in keys and not key.startswith("env."):
-        raise ConfigError(f"unknown setting {key!r} (in {origin}){_hint(key, keys)}; `async-rlhf config` lists all settings")
+    if canonical in sections:
+        raise ConfigError(f"{key} is a section of settings, got {value!r} (in {origin}); set one of its keys: {_inside(canonical, keys)}")
+    if canonical not in keys and not key.startswith("env."):
+        raise ConfigError(f"unknown setting {key!r} (in {origin}){_hint(canonical, keys)}; `async-rlhf config` lists all settings")
     if value == "???":
         raise ConfigError(f"{key} must have a value, got '???' (in {origin}); leave the setting out for its default")
     texts = {f"env.{name}": text for name, text in cast(Mapping[str, Any], value).items()} if isinstance(value, Mapping) else {key: value}

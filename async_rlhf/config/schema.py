@@ -1,4 +1,5 @@
-"""Every setting, its default, its range and its meaning; those of the algorithms stand in `algorithms.py`.
+"""Every setting, its default, its range and its meaning; those of the algorithms, tasks, prompts, rewards and stages stand in the
+files beside this one.
 
 Nowhere else is a default written down.
 Users state intent at the top level (`updates`, `batch_groups`, `completions_per_prompt`, `max_staleness`); sizes that
@@ -10,6 +11,11 @@ from typing import Literal
 
 from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.fields import number
+from async_rlhf.config.lora import LoraConfig
+from async_rlhf.config.prompts import EvaluationConfig, PromptsConfig
+from async_rlhf.config.rewards import RewardConfig
+from async_rlhf.config.stages import RewardModelConfig, SFTConfig
+from async_rlhf.config.tasks import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -25,21 +31,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    name: Literal["arithmetic"] = "arithmetic"
-    num_operands: int = number(2, ge=2, le=6)
-    """Numbers to add in one problem."""
-    max_operand: int = number(99, ge=1, le=9999)
-    """Largest number in a problem."""
-    held_out: int = number(500, ge=1, le=100_000)
-    """Problems kept for evaluation; none of them is ever trained."""
-    num_train: int = number(10_000, ge=1, le=10_000_000)
-    """Problems to train on; all that are not held out, if those are fewer."""
-    seed: int = number(0, ge=0, lt=2**31)
-    """Seed of the train / held-out split."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
     """Hugging Face model folder of the initial policy; empty: the task's own supervised start, made once and cached."""
@@ -50,25 +41,6 @@ class ModelConfig:
     num_heads: int = number(4, ge=1, le=256)
     intermediate_size: int = number(384, ge=16, le=65536)
     tie_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """The supervised start. Stops early, on purpose: reinforcement learning has to have something left to do."""
-
-    target_accuracy: float = number(0.40, gt=0.0, le=1.0)
-    """Stop at this greedy accuracy on held-out problems."""
-    max_steps: int = number(3000, ge=1, le=1_000_000)
-    batch_size: int = number(128, ge=1, le=65536)
-    learning_rate: float = number(2e-3, gt=0.0, le=1.0)
-    """Constant, after a short warm-up."""
-    wrong_share: float = number(0.1, ge=0.0, lt=1.0)
-    """Share of training answers that are given carelessly (see Task.careless_answer), on purpose."""
-    eval_every: int = number(20, ge=1, le=1_000_000)
-    """Optimizer steps between two looks at the held-out accuracy."""
-    seed: int = number(0, ge=0, lt=2**31)
-    cache_dir: str = ""
-    """Where finished starts are kept; empty: $XDG_CACHE_HOME/async_rlhf, or ~/.cache/async_rlhf."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +62,6 @@ class GeneratorConfig:
     """No torch.compile: right for short runs."""
     num_cpus: float = number(1.0, ge=0.0, le=4096.0)
     num_gpus: float = number(0.0, ge=0.0, le=64.0)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    missing_eos_penalty: float | None = number(None, ge=-1e30, le=1e30)
-    """Score of a completion that the length limit cut; null: its own."""
-    missing_eos_percentile: float | None = number(None, ge=0.0, le=100.0)
-    """The same as a percentile of the scores of recent batches; null: its own."""
-    normalize: bool = False
-    """Shift and scale scores by the running mean and standard deviation of the batches before."""
-    function: str = ""
-    """`module:function` or `path/to/file.py:function` of `score(prompts, completions, **columns) -> list[float]`; empty: the task's own."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +114,7 @@ class LearnerConfig:
     """Sequences of a microbatch behind one another without padding, or above one another padded to the longest."""
     max_tokens_per_microbatch: int = number(16384, ge=1, le=1 << 30)
     """Tokens of one forward pass on one rank, padding included; a group larger than this is a microbatch of its own."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     num_cpus: float = number(1.0, ge=0.0, le=4096.0)
     num_gpus: float = number(0.0, ge=0.0, le=64.0)
 
@@ -237,11 +198,14 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

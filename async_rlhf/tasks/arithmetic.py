@@ -7,7 +7,7 @@ the numbers is a split of the texts. `12+34=` and `34+12=` are two problems.
 import random
 from collections.abc import Sequence
 
-from async_rlhf.config.schema import TaskConfig
+from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.tasks.base import Problem
 
@@ -60,7 +60,7 @@ class ArithmeticTask:
 
     def careless_answer(self, problem: Problem, rng: random.Random) -> str:
         """The sum, one or ten off: slips of counting and of carrying, spread so that the right answer stays the likeliest one."""
-        total = int(problem.columns["answer"])
+        total = int(str(problem.columns["answer"]))
         return str(rng.choice([total + slip for slip in SLIPS if total + slip >= 0]))
 
     def _make(self, prompt_id: str, number: int) -> Problem:

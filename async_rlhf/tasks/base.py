@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from async_rlhf.types import JsonValue
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
@@ -14,7 +16,7 @@ class Problem:
     """Stable name inside the task."""
     text: str
     """What the policy reads."""
-    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    columns: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
     """Further columns, handed to the reward function by name."""
 
 

@@ -37,6 +37,7 @@ def make_scored(
         scores=np.asarray(scores, dtype=np.float32),
         reference_logprobs=tuple(-rng.random(len(r.completion_ids), dtype=np.float32) * 3 for r in rollouts),
         completions=tuple("2" for _ in scores),
+        reward_parts={"length": rng.random(len(scores), dtype=np.float32)},
     )
 
 

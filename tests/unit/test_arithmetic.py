@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from async_rlhf.config.schema import TaskConfig
+from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.tasks import load_task
 from async_rlhf.tasks.arithmetic import score

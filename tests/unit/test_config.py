@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.checks import check_config
+from async_rlhf.config.fields import NAME, named_section
 from async_rlhf.config.load import CONF_FOLDER, known_keys, split_arguments
 from async_rlhf.errors import ConfigError
 from tests.support.settings import load, refusal, with_value
@@ -25,8 +26,9 @@ NUMBERS = (int, float, OPTIONAL)
 def leaves(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """Every setting of the schema, by its declared type."""
     for item in dataclasses.fields(section):
-        if dataclasses.is_dataclass(item.type):
-            yield from leaves(item.type, f"{prefix}{item.name}.")
+        named = named_section(item.type)
+        if named or dataclasses.is_dataclass(item.type):
+            yield from leaves(named or item.type, f"{prefix}{item.name}.{NAME}." if named else f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", item
 
@@ -136,6 +138,7 @@ def test_any_key_with_a_letter_lost_or_swapped_is_refused_and_a_near_one_is_offe
     place %= len(key) - 1
     wrong = key[:place] + (key[place + 1] + key[place] + key[place + 2 :] if swap else key[place + 1 :])
     assume(wrong not in FIELDS and wrong not in SECTIONS and not wrong.startswith("env."))
+    assume(wrong.count(NAME) == key.count(NAME))  # any other name is as good
     message = refusal(f"{wrong}=1")
     assert f"unknown setting {wrong!r}" in message
     offered = message.partition("did you mean '")[2].partition("'")[0]
@@ -383,7 +386,8 @@ def test_resolved_yaml_holds_every_setting() -> None:
         for key, value in tree.items():
             yield from flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
 
-    assert set(flatten(yaml.safe_load(to_yaml(Config())))) == set(FIELDS)
+    named = {key.partition(f".{NAME}.")[0] for key in FIELDS if NAME in key}
+    assert set(flatten(yaml.safe_load(to_yaml(Config())))) == {key for key in FIELDS if NAME not in key} | named
 
 
 def test_loaded_config_cannot_be_changed() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from async_rlhf.comparison import DIGEST, Comparison
-from async_rlhf.config.schema import RewardConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.history import History
 from async_rlhf.journal import Journal

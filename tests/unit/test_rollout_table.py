@@ -1,6 +1,5 @@
 """Groups come back from Arrow, Parquet and journal payloads bit for bit; what does not fit is refused."""
 
-import dataclasses
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,7 @@ from async_rlhf.rollout_table import (
     write_part,
 )
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
-from tests.support.samples import make_scored, make_ticket
+from tests.support.samples import make_scored, make_ticket, plain
 
 INT64 = st.integers(min_value=0, max_value=2**63 - 1)
 IDS = npst.arrays(np.int32, st.integers(0, 6), elements=st.integers(-(2**31), 2**31 - 1))
@@ -58,17 +57,8 @@ def scored_groups(draw: st.DrawFn) -> ScoredGroup:
     )
 
 
-def as_plain(value: Any) -> Any:
-    """Equal exactly when the values are of the same types and, arrays, of the same bits."""
-    if dataclasses.is_dataclass(value):
-        return type(value), {item.name: as_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, np.ndarray):
-        return value.dtype, value.shape, value.tobytes()
-    return (tuple, [as_plain(each) for each in value]) if isinstance(value, tuple) else (type(value), value)
-
-
 def same(left: list[ScoredGroup], right: list[ScoredGroup]) -> bool:
-    return [as_plain(group) for group in left] == [as_plain(group) for group in right]
+    return [plain(group) for group in left] == [plain(group) for group in right]
 
 
 def make_groups(count: int, first: int = 0) -> list[ScoredGroup]:
@@ -104,7 +94,7 @@ def test_text_and_spans_are_what_they_were() -> None:
 
     [copy] = decode(encode([group]))
 
-    assert as_plain(copy) == as_plain(group)
+    assert plain(copy) == plain(group)
     assert list(copy.group.ticket.prompt.columns) == ["b", "a"], "the order of the columns"
     assert copy.group.rollouts[0].version_spans == spans
 
@@ -268,6 +258,6 @@ def test_datasets_opens_the_parts(tmp_path: Path) -> None:
     assert table.column_names == FATE_SCHEMA.names == [*SCHEMA.names, "fate", "update", "position"]
     assert table["fate"][:] == ["trained"] * 3 + ["tied"] * 3
     assert table["update"][:] == [0] * 3 + [None] * 3
-    assert table["prompt_columns"][0] == [{"name": "answer", "text": "2"}]
+    assert table["prompt_columns"][0] == [{"name": "answer", "json": '"2"'}]
     assert table["completion_ids"][0] == groups[0].group.rollouts[0].completion_ids.tolist()
     assert table["version_spans"][1][0]["version"] == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actors.replay_queue import ReplayQueue, WithScorer
 from actors.scorer import Scorer
 from async_rlhf.config import load_config
-from async_rlhf.config.schema import RewardConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.metrics import summarize
 from async_rlhf.scores import MAX_RECENT, MIN_STD, ScoreMoments, moments_from_json, penalise_cut, shape_scores
 from async_rlhf.state import TrainingState, state_from_json

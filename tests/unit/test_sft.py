@@ -12,7 +12,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from async_rlhf.commands.sft import run_sft
-from async_rlhf.config.schema import Config, ModelConfig, SFTConfig, TaskConfig
+from async_rlhf.config.schema import Config, ModelConfig
+from async_rlhf.config.stages import SFTConfig
+from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError, RunError
 from async_rlhf.sft import FILES, SFTProgress, cached_start, start_folder, train_start
 from async_rlhf.tasks.landing import LANDING_TOLERANCE, copy_weights, land

@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from async_rlhf.config.schema import ModelConfig, TaskConfig
+from async_rlhf.config.schema import ModelConfig
+from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.tasks import load_task
 from async_rlhf.tasks.start import CHARACTERS, MAX_POSITIONS, build_policy, build_tokenizer
