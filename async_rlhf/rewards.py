@@ -50,16 +50,16 @@ def call_reward(
     """Score completions, and check the answer.
 
     Args:
-        prompts, completions, columns: N each.
+        prompts, completions, columns: N each; a column that a row lacks is None there.
     Returns:
         [N] float32 finite scores.
     Raises:
         RewardError: the function raised, or answered with another count, with something that is no number, NaN or infinity.
     """
     name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__name__', '?')}"
-    names = list(columns[0]) if columns else []
+    names = list(dict.fromkeys(name for row in columns for name in row))  # rows of several sources need not have the same
     try:
-        answer: Any = function(list(prompts), list(completions), **{key: [row[key] for row in columns] for key in names})
+        answer: Any = function(list(prompts), list(completions), **{key: [row.get(key) for row in columns] for key in names})
         scores = [float(score) for score in answer]
     except Exception as error:
         raise RewardError(f"reward function {name} failed: {type(error).__name__}: {error}") from error

@@ -12,9 +12,9 @@ from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.prompts import encode_problem, load_encode
+from async_rlhf.prompts import held_out_prompts
 from async_rlhf.rewards import call_reward, load_reward
-from async_rlhf.tasks import load_task
+from async_rlhf.run_plan import reward_and_metric
 from async_rlhf.types import InstallReport, WeightsVersion
 
 ENVIRONMENT = {
@@ -68,9 +68,8 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
     from actors.generator import Generator
     from async_rlhf.snapshot import snapshot_of_folder
 
-    task, encode = load_task(config.task), load_encode(folder)
-    prompts = [encode_problem(problem, encode) for problem in task.held_out()]
-    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(task.reward)
+    prompts = held_out_prompts(config, folder)
+    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(reward_and_metric(config)[1])
     generator = Generator(config, str(folder), "eval")
     results: list[tuple[str, Evaluation, float]] = []
     try:

@@ -139,9 +139,15 @@ def test_an_error_in_the_function_names_the_function_and_the_error():
         call(score)
 
 
-def test_a_column_that_a_row_lacks_is_refused():
-    with pytest.raises(RewardError, match="failed: KeyError"):
-        call(answering([1.0, 2.0]), [{"answer": "2"}, {}])
+def test_a_column_that_a_row_lacks_is_none_there_wherever_in_the_batch_it_comes_first():
+    seen: dict[str, list[str]] = {}
+
+    def score(prompts: list[str], completions: list[str], **columns: list[str]) -> list[float]:
+        seen.update(columns)
+        return [0.0, 0.0]
+
+    call(score, [{"answer": "2"}, {"feedback": 1}])
+    assert seen == {"answer": ["2", None], "feedback": [None, 1]}
 
 
 def test_nothing_to_score_needs_no_columns():
