@@ -63,8 +63,15 @@ def _beginning(name: str, source: SourceConfig, config: Config) -> tuple[Sequenc
     rows: Any = load_rows(name, source)
     start = num_held_out_rows(config)
     some = rows.skip(start).take(NUM_CHECKED) if source.streaming else (rows[i] for i in range(start, min(len(rows), start + NUM_CHECKED)))
-    numbered = enumerate(cast("Iterator[Mapping[str, object]]", some), start)
-    return columns_of(rows), (Row(row_id=str(number), columns=columns, epoch=0) for number, columns in numbered)
+    return columns_of(rows), _numbered(f"prompts.sources.{name}: {source.path}", some, start)
+
+
+def _numbered(where: str, rows: Any, start: int) -> Iterator[Row]:
+    try:
+        for number, columns in enumerate(cast("Iterator[Mapping[str, object]]", rows), start):
+            yield Row(row_id=str(number), columns=columns, epoch=0)
+    except Exception as error:  # whatever the library says
+        raise ConfigError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _check_rows(name: str, source: SourceConfig, config: Config, tokenizer: PromptTokenizer, rows: Iterator[Row]) -> None:

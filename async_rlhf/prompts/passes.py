@@ -79,6 +79,7 @@ class MappedRows:
                 f"prompts.sources.{name} has {size} rows to train on, but had {cursor.size} when the run began: its order would be another "
                 "one; restore the rows, or add new ones as a source of their own"
             )
+        self._name = name
         self._rows = rows
         self._num_held_out = num_held_out
         self._size = size
@@ -97,7 +98,11 @@ class MappedRows:
         return self._passes.over(self._epoch)
 
     def next_row(self) -> Row | None:
-        """The next row, or None when all passes are over."""
+        """The next row, or None when all passes are over.
+
+        Raises:
+            RunError: it cannot be read.
+        """
         if self.finished:
             return None
         number, epoch = self._num_held_out + int(self._order[self._index]), self._epoch
@@ -105,7 +110,11 @@ class MappedRows:
         if self._index == self._size:
             self._epoch, self._index = epoch + 1, 0
             self._order = self._passes.order(self._epoch, self._size)
-        return Row(row_id=str(number), columns=cast(Mapping[str, object], self._rows[number]), epoch=epoch)
+        try:
+            columns = cast(Mapping[str, object], self._rows[number])
+        except Exception as error:  # a file that is gone, an image that cannot be decoded
+            raise RunError(f"prompts.sources.{self._name}, row {number}, cannot be read: {type(error).__name__}: {error}") from error
+        return Row(row_id=str(number), columns=columns, epoch=epoch)
 
     def rest(self) -> bool:
         """See RowSource."""

@@ -1,12 +1,15 @@
 """What is found out about sources before any actor starts, what an evaluation asks, and where rows are read from."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 
-from async_rlhf.config import Config
+from async_rlhf.commands.resume import run_resume
+from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.prompts import SourceConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.prompts import absolute_sources, check_prompts, held_out_prompts
@@ -219,3 +222,38 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"must end in \.parquet, \.jsonl, .* got \.txt"):
         load_rows("s", SourceConfig(path=str(tmp_path / "x.txt")))
+
+
+# Resume and documentation
+
+
+@pytest.mark.parametrize(
+    ("word", "fixed"),
+    [
+        ("prompts.sources.tldr.path=/other", True),
+        ("prompts.sources.tldr.streaming=true", True),
+        ("prompts.sources.tldr.split=test", True),
+        ("prompts.held_out=7", True),
+        ("evaluation.sources.e.path=/asked", True),
+        ("prompts.sources.tldr.weight=2", False),
+        ("prompts.sources.more.path=/more", False),
+        ("prompts.poll_s=9", False),
+    ],
+)
+def test_a_resume_keeps_the_rows_of_a_source_and_may_change_the_mixture(word: str, fixed: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(one("/rows")))
+
+    with pytest.raises(ConfigError) as caught:
+        run_resume(tmp_path, [word], None, Console(quiet=True))
+
+    assert (f"resume cannot change {word.partition('=')[0].removesuffix('.e.path')}" in str(caught.value)) == fixed, caught.value
+
+
+def test_every_example_of_the_documentation_is_a_config_that_is_accepted(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+
+    assert len(examples) == 4
+    for number, example in enumerate(examples):
+        (tmp_path / f"{number}.yaml").write_text(example)
+        assert load_config([tmp_path / f"{number}.yaml"], ["task.name=dataset"]).config.prompts.sources
