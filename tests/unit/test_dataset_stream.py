@@ -72,11 +72,11 @@ def without_reader_state(cursor: PromptCursor) -> PromptCursor:
 
 # Resume
 
-MIXTURES = [("mapped",), ("streamed",), ("file",), ("table",), ("mapped", "streamed"), ("mapped", "streamed", "file", "table")]
+MIXTURES = [("mapped",), ("streamed",), ("file",), ("table",), ("mapped", "streamed", "file", "table")]
 
 
 @pytest.mark.parametrize("names", MIXTURES, ids="+".join)
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(before=st.integers(0, 90), held_out=st.sampled_from([0, 5]), block=st.integers(1, 40), max_epochs=st.sampled_from([0, 0, 2]))
 def test_a_stream_resumed_at_any_cursor_draws_what_it_would_have_drawn(
     names: tuple[str, ...], before: int, held_out: int, block: int, max_epochs: int, folder: Path, tokenizer: Path
