@@ -41,7 +41,7 @@ async def insist(work: Callable[[int], Awaitable[T]], settings: RewardPartConfig
     Args:
         what: who is asked for what, for messages.
     Raises:
-        RewardError: the last attempt failed too. RewardLostError: and nobody was there in any of them.
+        RewardError: the last attempt failed too. RewardLostError: because nobody was there.
     """
     failures: list[Exception] = []
     for attempt in range(settings.retries + 1):
@@ -60,7 +60,7 @@ async def insist(work: Callable[[int], Awaitable[T]], settings: RewardPartConfig
 def given_up(failures: Sequence[Exception], what: str) -> Exception:
     """The error to raise after these failed attempts."""
     text = f"{what} failed {len(failures)} time(s) in a row, at last: {failures[-1]}"
-    if all(isinstance(failure, NobodyThereError) for failure in failures):
+    if isinstance(failures[-1], NobodyThereError):
         return RewardLostError(f"{text}; mend what answers there, then resume the run; `retries` and `backoff_s` say how long is waited")
     return RewardError(text)
 

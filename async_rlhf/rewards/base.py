@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,6 +14,10 @@ LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 MAX_SHOWN = 300
 """Characters of a prompt, a completion or an answer in a message."""
+
+WorkerAnswer = tuple[Literal["ready", "scores", "failed", "broken"], Any]
+"""What a worker process says: `ready`, the function is imported; its `scores`; `failed`, it raised, and may not the next time;
+`broken`, what it did, it will do again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """From the config to a reward: one of the four kinds, or a weighted sum of several."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from async_rlhf.config.rewards import RewardConfig, RewardPartConfig
-from async_rlhf.errors import RewardError
+from async_rlhf.errors import RewardError, RewardLostError
 from async_rlhf.rewards.base import LARGEST_SCORE, Rating, Reward, shown
 from async_rlhf.rewards.functions import FunctionReward, absolute_reward
+from async_rlhf.rewards.http import HttpReward
+from async_rlhf.rewards.judge import JudgeReward
+from async_rlhf.rewards.model import ModelReward
+from async_rlhf.rewards.pool import PooledFunctionReward
 from async_rlhf.types import Prompt
 
 
@@ -38,9 +42,17 @@ def open_reward(config: RewardConfig, default: str) -> Reward:
 def open_part(name: str, part: RewardPartConfig, default: str) -> Reward:
     """One reward by its kind; heavy imports happen here."""
     key = f"reward.parts.{name}"
-    openers: Mapping[str, Callable[[], Reward]] = {"function": lambda: _function(part, default)}
-    del key
-    return openers[part.kind]()
+    match part.kind:
+        case "function" if part.processes:
+            return PooledFunctionReward(part.function or default, part)
+        case "function":
+            return FunctionReward(part.function or default, part)
+        case "model":
+            return ModelReward(key, part)
+        case "http":
+            return HttpReward(key, part)
+        case "judge":
+            return JudgeReward(key, part)
 
 
 def absolute_rewards(config: RewardConfig) -> RewardConfig:
@@ -72,7 +84,7 @@ class WeightedSum:
         for name, answer in asked.items():
             try:
                 ratings[name] = answer.result()
-            except RewardError as error:
+            except (RewardError, RewardLostError) as error:
                 raise type(error)(f"reward.parts.{name}: {error}") from error
         scores = np.zeros(len(completions), dtype=np.float64)
         parts: dict[str, np.ndarray] = {}
@@ -90,7 +102,3 @@ class WeightedSum:
         for part in self._parts.values():
             part.close()
         self._threads.shutdown()
-
-
-def _function(part: RewardPartConfig, default: str) -> Reward:
-    return FunctionReward(part.function or default, part)
