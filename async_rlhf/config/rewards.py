@@ -5,6 +5,9 @@ from typing import Literal
 
 from async_rlhf.config.fields import number
 
+BACKOFF_JITTER = 0.5
+"""A wait is drawn from (1 - this, 1 + this) times its length, so that many who failed at once do not come back at once."""
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -64,6 +67,12 @@ class RewardPartConfig:
     """Wait before the first further attempt; doubles with each. A service that is away for longer ends the run."""
     max_response_mib: float = number(16.0, gt=0.0, le=1 << 20)
     """http, judge: largest answer that is read."""
+
+    @property
+    def longest_call_s(self) -> float:
+        """The longest that one call may take, all its attempts and waits together, seconds."""
+        waits_s = self.backoff_s * (2**self.retries - 1) * (1 + BACKOFF_JITTER)
+        return self.deadline_s * (self.retries + 1) + waits_s
 
 
 @dataclass(frozen=True)

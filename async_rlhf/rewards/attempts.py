@@ -6,14 +6,11 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from async_rlhf.config.rewards import RewardPartConfig
+from async_rlhf.config.rewards import BACKOFF_JITTER, RewardPartConfig
 from async_rlhf.errors import RewardError, RewardLostError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-
-JITTER = 0.5
-"""A wait is drawn from (1 - JITTER, 1 + JITTER) times its length, so that many who failed at once do not come back at once."""
 
 
 class TryAgainError(Exception):
@@ -26,13 +23,7 @@ class NobodyThereError(TryAgainError):
 
 def pause_s(settings: RewardPartConfig, attempt: int) -> float:
     """Seconds before attempt 1, 2, ...: backoff_s, doubled with each, and jittered."""
-    return settings.backoff_s * 2 ** (attempt - 1) * random.uniform(1 - JITTER, 1 + JITTER)
-
-
-def longest_s(settings: RewardPartConfig) -> float:
-    """The longest that one call may take, all its attempts and waits together, seconds."""
-    waits = settings.backoff_s * (2**settings.retries - 1) * (1 + JITTER)
-    return settings.deadline_s * (settings.retries + 1) + waits
+    return settings.backoff_s * 2 ** (attempt - 1) * random.uniform(1 - BACKOFF_JITTER, 1 + BACKOFF_JITTER)
 
 
 async def insist(work: Callable[[int], Awaitable[T]], settings: RewardPartConfig, what: str) -> T:

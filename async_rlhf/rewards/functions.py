@@ -42,7 +42,7 @@ def load_reward(path: str) -> RewardFunction:
 
 
 def absolute_reward(path: str) -> str:
-    """The same reward path with an absolute file name: actors may run in another folder."""
+    """The same reward path with an absolute file name: actors may run in another folder. Nothing stays nothing."""
     file, separator, function = path.rpartition(":")
     return f"{Path(file).resolve()}:{function}" if separator and file.endswith(".py") else path
 

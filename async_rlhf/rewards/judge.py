@@ -48,7 +48,7 @@ PLACEHOLDERS = {"pointwise": ("prompt", "completion"), "pairwise": ("prompt", "f
 
 THOUGHTS = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
 """What a reasoning model writes before its answer."""
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 VERDICT = re.compile(r"\b(first|second|tie|[12])\b", re.IGNORECASE)
 VERDICTS = {"first": 1.0, "1": 1.0, "second": 0.0, "2": 0.0, "tie": 0.5}
 
