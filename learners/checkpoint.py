@@ -23,7 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from async_rlhf.errors import ConfigError, RunError
-from learners.engine_state import MASTER, MOMENTS
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of gradient and squared gradient, by torch's names."""
 
 FORMAT = 1
 """Raised when older code could not read the files any more."""
