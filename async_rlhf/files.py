@@ -3,6 +3,9 @@
 import fcntl
 import os
 import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,6 +16,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Generator[Path]:
+    """An empty folder beside `folder` to write into; at the exit it becomes `folder`, and after an error it is gone.
+
+    Args:
+        replace: what stands there gives way; else it must not exist, or be empty.
+    Raises:
+        OSError: it is taken, or cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
+        made = Path(parent) / "made"
+        made.mkdir()
+        yield made
+        sync_folder(made)
+        if replace and folder.exists():
+            os.replace(folder, Path(parent) / "old")
+        os.replace(made, folder)
 
 
 def lock_file(path: Path) -> int:
