@@ -21,7 +21,7 @@ class RunPlan:
     reward: str
     """Import path of the training reward."""
     metric: str
-    """Import path of the task's own metric, for evaluations; of a dataset task: the training reward."""
+    """Import path of the task's own metric, for evaluations; empty: they measure the reward."""
     session: int = 0
     """Drivers that the run had before this one."""
     checkpoint: Checkpoint | None = None
@@ -38,7 +38,7 @@ class RunPlan:
 
 
 def reward_and_metric(config: Config) -> tuple[str, str]:
-    """Import paths of what a run is trained on, and of what its evaluations measure.
+    """Import paths of what a run is trained on, and of what its evaluations measure; empty where reward.parts do it.
 
     Raises:
         ConfigError: a dataset task without a reward.

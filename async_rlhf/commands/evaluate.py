@@ -13,7 +13,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.prompts import held_out_prompts
-from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.rewards import open_metric
 from async_rlhf.run_plan import reward_and_metric
 from async_rlhf.types import InstallReport, WeightsVersion
 
@@ -69,16 +69,17 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
     from async_rlhf.snapshot import snapshot_of_folder
 
     prompts = held_out_prompts(config, folder)
-    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(reward_and_metric(config)[1])
+    tokenizer, metric = AutoTokenizer.from_pretrained(folder), open_metric(config.reward, *reward_and_metric(config))
+    # Before the engine: vLLM changes transformers' own classes for some architectures.
+    weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
     generator = Generator(config, str(folder), "eval")
     results: list[tuple[str, Evaluation, float]] = []
     try:
-        weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
         report: InstallReport = generator.install(weights)
         for name, temperature in (("greedy", 0.0), (f"temperature {config.generator.temperature:g}", config.generator.temperature)):
             rollouts = generator.evaluate(prompts, temperature)
             texts = tokenizer.batch_decode([r.completion_ids.tolist() for r in rollouts], skip_special_tokens=True)
-            scores = call_reward(metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
+            scores = metric.rate(prompts, texts).scores
             samples = tuple(
                 Sample(prompt=p.text, completion=text, expected=str(p.columns.get("answer", "")), score=float(score))
                 for p, text, score in zip(prompts, texts, scores, strict=True)
@@ -87,4 +88,5 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
             results.append((name, evaluation, sum(len(r.completion_ids) for r in rollouts) / len(rollouts)))
     finally:
         generator.close()
+        metric.close()
     return results

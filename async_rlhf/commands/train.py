@@ -14,7 +14,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.prompts import absolute_sources, check_prompts
 from async_rlhf.recorder import make_run_folder, write_origin
-from async_rlhf.rewards import load_reward
+from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan, reward_and_metric
 
@@ -25,9 +25,9 @@ def run_train(config: Config, console: Console) -> int:
     Raises:
         ConfigError: before any actor starts, and before there is a run folder.
     """
+    config = absolute_sources(replace(config, reward=absolute_rewards(config.reward)))
     reward, metric = reward_and_metric(config)
-    load_reward(reward)
-    config = absolute_sources(config)
+    check_rewards(config.reward, reward)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:
