@@ -66,9 +66,12 @@ class JsonlReader:
 
     def row(self, index: int) -> tuple[str, Mapping[str, object] | None]:
         """Line `index`, blank ones not counted."""
-        with self._path.open("rb") as file:
-            file.seek(self._starts[index])
-            return str(index), parse_row(file.readline())
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._starts[index])
+                return str(index), parse_row(file.readline())
+        except OSError:  # the next look says what is wrong with the file
+            return str(index), None
 
 
 class FolderReader:

@@ -118,12 +118,16 @@ class DatasetStream:
         self._sources = sources
         self._seed = seed
         self._num_drawn = cursor.index
+        names = {source.name for source in sources}
+        self._absent = {name: position for name, position in cursor.sources.items() if name not in names}
+        """Positions of sources that left the config: they may come back."""
 
     @property
     def cursor(self) -> PromptCursor:
         """Where the next draw happens."""
         sources = {source.name: source.cursor for source in self._sources}
-        return PromptCursor(epoch=min(source.epoch for source in sources.values()), index=self._num_drawn, sources=sources)
+        epoch = min(source.epoch for source in sources.values())
+        return PromptCursor(epoch=epoch, index=self._num_drawn, sources={**self._absent, **sources})
 
     @property
     def exhausted(self) -> bool:

@@ -114,6 +114,9 @@ def test_a_source_may_join_and_another_leave_and_the_others_go_on(folder: Path, 
 
     more = [name for name, epoch in drawn(after, 60) if name.startswith("mapped") and epoch == 0]
     assert sorted(first + more) == sorted(f"mapped/{number}" for number in range(23)), "each row once in the pass"
+    back = opened(dataset_config(sources(folder, "streamed")), tokenizer, journaled(after.cursor))
+    alone = opened(dataset_config(sources(folder, "streamed")), tokenizer, before.cursor)
+    assert drawn(back, 40) == drawn(alone, 40), "one that left and comes back goes on where it was"
 
 
 # Passes
