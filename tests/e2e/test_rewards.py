@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -110,6 +111,9 @@ def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Pat
             assert row[f"reward/part/{name}"] == pytest.approx(sum(scores) / len(scores), rel=1e-5, abs=1e-6)
     page = (run / "report.html").read_text()
     assert all(f"Reward part {name}" in page for name in ("brevity", "model", "digits")) and "model.cut" not in page.split("Config</h2>")[0]
+    events = b"".join(file.read_bytes() for file in (run / "tensorboard").iterdir())
+    assert all(f"reward/part/{name}".encode() in events for name in ("brevity", "model", "digits"))
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if f"{parts / 'functions.py'}:brevity" in (p.info["cmdline"] or [])]
     assert all(TOKEN not in file.read_text(errors="ignore") for file in run.rglob("*") if file.is_file())
 
 
