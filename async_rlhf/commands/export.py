@@ -90,14 +90,15 @@ class _Policy:
     adapter: bool
 
     def save(self, folder: Path, base: Path, temperature: float) -> None:
-        from async_rlhf.adapters import parts, save_adapters
+        from async_rlhf.adapters import plain_parts, save_adapters, trained_parameters
         from async_rlhf.export import save_policy, save_tokenizer
 
         if self.adapter:
-            save_adapters(self.model, self.lora, folder, hub_id(base))
+            adapters = {name: parameter.detach() for name, parameter in trained_parameters(self.model)}
+            save_adapters(adapters, self.lora, folder, hub_id(base))
             save_tokenizer(base, folder)
         else:
-            weights = {part.name: part.merged().detach().to(part.weight.dtype) for part in parts(self.model)}
+            weights = {part.name: part.merged().detach().to(part.weight.dtype) for part in plain_parts(self.model)}
             save_policy(self.model, weights, folder, start=base, temperature=temperature)
 
 

@@ -24,7 +24,7 @@ from async_rlhf.state import read_state, write_atomically
 FIXED = ("batch_groups", "max_staleness", "task", "seed")
 """The arithmetic of slots, or the order of prompts, depends on these."""
 
-HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "num_cpus", "num_gpus")
+HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "lora.publish", "num_cpus", "num_gpus")
 """Of `learner`: an update comes out the same, up to rounding."""
 
 
