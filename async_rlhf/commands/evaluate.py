@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.model_folders import check_model_folder
@@ -38,6 +40,7 @@ def run_evaluate(model: Path, words: list[str], console: Console) -> None:
         ConfigError: no model there, or a wrong setting.
     """
     folder, config = _resolve(model, words)
+    config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
     check_model_folder(folder)
     # Before the engine is imported: it reads them then.
     for name, value in ENVIRONMENT.items():

@@ -29,7 +29,7 @@ FIXED = ("batch_groups", "max_staleness", "task", "seed", "prompts.held_out")
 FIXED_OF_SOURCES = ("path", "subset", "split", "streaming", "live")
 """Of a source that was drawn from: its position counts these very rows. Others may join it, and it may leave."""
 
-HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "num_cpus", "num_gpus")
+HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "lora.publish", "num_cpus", "num_gpus")
 """Of `learner`: an update comes out the same, up to rounding."""
 
 

@@ -75,6 +75,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
         yield f"run.name must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {config.run.name!r}"
+    if config.learner.lora.publishes_adapters and config.learner.lora.rank > 512:
+        yield (
+            f"learner.lora.publish adapter takes ranks up to 512, which is as far as vLLM goes, got {config.learner.lora.rank}; "
+            "set learner.lora.publish=merged"
+        )
     if config.generator.max_new_tokens >= config.generator.max_model_len:
         yield (
             f"generator.max_new_tokens ({config.generator.max_new_tokens}) leaves no room for a prompt in "

@@ -195,6 +195,18 @@ def test_each_declared_curve_appears_with_all_its_lines_a_label_and_a_caption(tm
     assert len(ids) == len(set(ids))
 
 
+def test_each_part_of_the_reward_has_a_curve_and_a_foreign_name_has_none(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    parts = {"reward/part/help-ful": 0.25, "reward/part/model.cut": 0.0, "reward/part/other.cut": 0.5, "reward/part/<script>": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row(1) | parts) + "\n")
+
+    text = page_of(folder)
+
+    assert '<figure id="curve-part-help-ful"><h3>Reward part help-ful</h3>' in text and "batch mean, last 0.25" in text
+    assert "Reward part other.cut" in text and "last 50%" in text
+    assert "model.cut" not in text and "<script>" not in text and "&lt;script" not in text
+
+
 def test_metric_that_an_algorithm_never_reports_is_named_as_not_measured(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     (folder / "metrics.jsonl").write_text(json.dumps({"version": 1, "time_s": 1.0, "reward/mean": 0.5}) + "\n")
