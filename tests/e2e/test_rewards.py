@@ -117,10 +117,12 @@ def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Pat
     assert all(TOKEN not in file.read_text(errors="ignore") for file in run.rglob("*") if file.is_file())
 
 
-def test_a_service_that_stays_away_ends_the_run_by_name(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_stays_away_ends_the_run_by_name_and_resume_goes_on(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEST_REWARD_TOKEN", TOKEN)
     port, run, log = free_port(), tmp_path / "run", tmp_path / "log"
-    words = [*train_words(parts, run, port), "reward.parts.digits.backoff_s=0.1", "updates=60"]
+    words = [*train_words(parts, run, port), "reward.parts.digits.backoff_s=0.1", "updates=12"]
     with reward_service(f"{parts / 'functions.py'}:digits", port) as service, log.open("w") as stream:
         training = subprocess.Popen(command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=stream)
         while training.poll() is None and not ((run / "metrics.jsonl").is_file() and rows_of(run)):
@@ -134,6 +136,12 @@ def test_a_service_that_stays_away_ends_the_run_by_name(parts: Path, tmp_path: P
         error.startswith("RewardLostError: reward.parts.digits: POST") and f"127.0.0.1:{port}/score" in error and "cannot connect" in error
     )
     assert summary_of(run)["failed_prompts"] == {}, "no prompt is to blame"
+    assert 1 <= summary_of(run)["updates"] < 12
+
+    with reward_service(f"{parts / 'functions.py'}:digits", port):
+        resumed = run_cli("resume", str(run))
+
+    assert resumed.code == 0 and [row["update"] for row in rows_of(run)] == list(range(12)), resumed.output
 
 
 def test_a_service_that_is_not_there_is_refused_before_there_is_a_run_folder(

@@ -61,7 +61,7 @@ def function(tmp_path: Path) -> str:
 
 @pytest.fixture
 def pool(function: str) -> Iterator[PooledFunctionReward]:
-    reward = PooledFunctionReward(function, RewardPartConfig(processes=2, deadline_s=1.5, retries=1, backoff_s=0.01))
+    reward = PooledFunctionReward(function, RewardPartConfig(processes=2, deadline_s=0.8, retries=1, backoff_s=0.01))
     yield reward
     reward.close()
 
@@ -83,7 +83,7 @@ def test_a_call_longer_than_its_deadline_is_ended_and_its_process_replaced(pool:
     before, began = children(), time.monotonic()
 
     with pytest.raises(
-        RewardError, match=r"reward.py:score for completion 'sleep 60' of prompt 'ab' failed 2 time.*no answer within 1.5 s"
+        RewardError, match=r"reward.py:score for completion 'sleep 60' of prompt 'ab' failed 2 time.*no answer within 0.8 s"
     ):
         pool.rate(prompts_of(1), ["sleep 60"])
 
