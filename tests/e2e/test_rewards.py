@@ -9,10 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from async_rlhf.config.rewards import RewardPartConfig
+from async_rlhf.rewards.model import ModelReward
+from async_rlhf.types import Prompt
 from tests.support.cluster import make_model_folder
 from tests.support.command import CHECKOUT, command, environment, rows_of, run_cli, summary_of
 from tests.support.http_server import free_port
@@ -37,9 +42,9 @@ TOKEN = "a-secret-of-this-test"
 
 
 @contextmanager
-def reward_service(function: str, port: int) -> Iterator["subprocess.Popen[str]"]:
+def reward_service(*what: str, port: int) -> Iterator["subprocess.Popen[str]"]:
     """The real `serve-reward`; it serves when this is entered."""
-    words = command("serve-reward", "--function", function, "--port", str(port))
+    words = command("serve-reward", *what, "--port", str(port))
     env = {**environment(), "ASYNC_RLHF_REWARD_TOKEN": TOKEN}
     process = subprocess.Popen(words, cwd=CHECKOUT, env=env, stdout=subprocess.PIPE, text=True)
     try:
@@ -81,14 +86,14 @@ def rollouts(run: Path) -> list[dict[str, Any]]:
 def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_REWARD_TOKEN", TOKEN)
     port, run = free_port(), tmp_path / "run"
-    with (tmp_path / "log").open("w+") as log, reward_service(f"{parts / 'functions.py'}:digits", port) as first:
+    with (tmp_path / "log").open("w+") as log, reward_service("--function", f"{parts / 'functions.py'}:digits", port=port) as first:
         training = subprocess.Popen(command(*train_words(parts, run, port)), cwd=CHECKOUT, env=environment(), stdout=log, stderr=log)
         while training.poll() is None and not ((run / "metrics.jsonl").is_file() and len(rows_of(run)) >= 2):
             time.sleep(0.1)
         first.send_signal(signal.SIGKILL)
         time.sleep(2.0)
         rows_before = len(rows_of(run))
-        with reward_service(f"{parts / 'functions.py'}:digits", port):
+        with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port):
             code = training.wait(120)
 
     assert code == 0, (tmp_path / "log").read_text()
@@ -117,11 +122,13 @@ def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Pat
     assert all(TOKEN not in file.read_text(errors="ignore") for file in run.rglob("*") if file.is_file())
 
 
-def test_a_service_that_stays_away_ends_the_run_by_name(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_stays_away_ends_the_run_by_name_and_resume_goes_on(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEST_REWARD_TOKEN", TOKEN)
     port, run, log = free_port(), tmp_path / "run", tmp_path / "log"
-    words = [*train_words(parts, run, port), "reward.parts.digits.backoff_s=0.1", "updates=60"]
-    with reward_service(f"{parts / 'functions.py'}:digits", port) as service, log.open("w") as stream:
+    words = [*train_words(parts, run, port), "reward.parts.digits.backoff_s=0.1", "updates=12"]
+    with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port) as service, log.open("w") as stream:
         training = subprocess.Popen(command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=stream)
         while training.poll() is None and not ((run / "metrics.jsonl").is_file() and rows_of(run)):
             time.sleep(0.1)
@@ -134,6 +141,28 @@ def test_a_service_that_stays_away_ends_the_run_by_name(parts: Path, tmp_path: P
         error.startswith("RewardLostError: reward.parts.digits: POST") and f"127.0.0.1:{port}/score" in error and "cannot connect" in error
     )
     assert summary_of(run)["failed_prompts"] == {}, "no prompt is to blame"
+    assert 1 <= summary_of(run)["updates"] < 12
+
+    with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port):
+        resumed = run_cli("resume", str(run))
+
+    assert resumed.code == 0 and [row["update"] for row in rows_of(run)] == list(range(12)), resumed.output
+
+
+def test_serve_reward_serves_a_model_and_the_reward_of_a_config(parts: Path) -> None:
+    asked = {"prompts": ["1+1=", "1+1="], "completions": ["2", "12"], "columns": {"answer": ["2", "2"]}}
+    ports = free_port(), free_port()
+    words = ["conf/quickstart.yaml", "reward.parts.right.weight=3", f"reward.parts.digits.function={parts / 'functions.py'}:digits"]
+    with reward_service("--model", str(parts / "judge"), port=ports[0]), reward_service(*words, port=ports[1]):
+        model, summed = (
+            httpx.post(f"http://127.0.0.1:{port}/score", json=asked, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()
+            for port in ports
+        )
+
+    prompts = [Prompt(prompt_id="p", text="1+1=", token_ids=np.zeros(0, np.int32))] * 2
+    expected = ModelReward("judge", RewardPartConfig(path=str(parts / "judge"))).rate(prompts, asked["completions"]).scores
+    np.testing.assert_allclose(model["scores"], expected, rtol=1e-5)
+    np.testing.assert_allclose(summed["scores"], [3 + 1.04, 2.04], rtol=1e-6)
 
 
 def test_a_service_that_is_not_there_is_refused_before_there_is_a_run_folder(
