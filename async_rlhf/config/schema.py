@@ -169,7 +169,7 @@ class TimeoutsConfig:
     place_s: float = number(60.0, gt=0.0, le=1e6)
     generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
-    score_s: float = number(120.0, gt=0.0, le=1e6)
+    score_s: float = number(300.0, gt=0.0, le=1e6)
     batch_s: float = number(900.0, gt=0.0, le=1e6)
     """Longest wait of the learner for a batch."""
     step_s: float = number(900.0, gt=0.0, le=1e6)
