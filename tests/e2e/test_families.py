@@ -75,6 +75,7 @@ def assert_export_is_what_was_trained(run: Path, start: Path) -> None:
     for (name, parameter), other in zip(model.named_parameters(), by_checkpoint.parameters(), strict=True):
         assert torch.equal(parameter, other), name
     assert any(not torch.equal(parameter, model.get_parameter(name)) for name, parameter in base.named_parameters())
+    assert "| updates | 3 of 3 (" in (run / "model" / "README.md").read_text()
     settings = GenerationConfig.from_pretrained(run / "model")
     assert (settings.temperature, settings.do_sample, settings.top_k, settings.top_p, settings.eos_token_id) == (0.8, True, 0, 1.0, 1)
     assert AutoTokenizer.from_pretrained(run / "early").encode("1+2=") == AutoTokenizer.from_pretrained(start).encode("1+2=")
