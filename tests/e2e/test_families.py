@@ -42,7 +42,11 @@ RUNS = {
     "gpt_neox": ("gpt_neox", False, ("algorithm=ppo", "learner.zero_stage=3")),
     "gemma": ("gemma", True, ("algorithm=rloo", "learner.batching=padded")),
     "qwen3, tied, adapters": ("qwen3", True, ("algorithm=dpo", "learner.lora.rank=4", "learner.lora.alpha=8", "learner.zero_stage=2")),
-    "llama, adapters published alone": ("llama", False, ("algorithm=rloo", "learner.lora.rank=4", "learner.lora.publish=adapter")),
+    "llama, adapters published alone": (
+        "llama",
+        False,
+        ("algorithm=rloo", "learner.zero_stage=3", "learner.lora.rank=4", "learner.lora.publish=adapter"),
+    ),
 }
 
 

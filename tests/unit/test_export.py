@@ -212,7 +212,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, start: Path) -> None:
     refused(run, out=run / "config.yaml" / "deep", match=r"deep cannot be written: .*name another folder by --out")
     refused(run, adapter=True, match=r"00000003 holds a whole model, no adapters .*export it without --adapter")
     (run / "origin.json").write_text(json.dumps({"model_folder": str(tmp_path / "gone")}))
-    refused(run, match=r"gone, which does not exist")
+    refused(run, match=r"the run began from .*gone, which does not exist; a checkpoint needs its config and tokenizer")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
