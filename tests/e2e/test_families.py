@@ -20,16 +20,9 @@ from tests.support.tiny_policy import logprobs_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 COMMON = (
-    *(
-        "conf/quickstart.yaml",
-        "updates=3",
-        "max_staleness=0",
-        "batch_groups=8",
-        "completions_per_prompt=4",
-        "task.held_out=20",
-        "queue.ties=keep",
-    ),
-    *("checkpoint.every_updates=2", "generator.temperature=0.8", "learner.learning_rate=1e-3", "learner.warmup_steps=0"),
+    *("conf/quickstart.yaml", "updates=3", "max_staleness=0", "batch_groups=8", "completions_per_prompt=4", "queue.ties=keep"),
+    *("task.held_out=20", "generator.temperature=0.8", "checkpoint.every_updates=2"),
+    *("learner.learning_rate=1e-3", "learner.warmup_steps=0"),
 )
 
 REWARD = """
