@@ -171,11 +171,9 @@ def test_names_that_the_hub_knows_are_in_the_head(tmp_path: Path, start: Path) -
     cached = tmp_path / "models--owner--a-model" / "snapshots" / "0123"
     shutil.copytree(start, cached)
     run = tmp_path / "run"
-    sources = (
-        "prompts.sources.a.path=owner/questions@v1",
-        "prompts.sources.b.path=rows/mine.jsonl",
-        f"prompts.sources.c.path={tmp_path}/x.parquet",
-    )
+    paths = {"a": "owner/questions@v1", "b": "rows/mine.jsonl", "c": f"{tmp_path}/x.parquet"}
+    sources = [f"prompts.sources.{name}.path={path}" for name, path in paths.items()]
+    sources += ["task.name=dataset", "model.path=owner/a-model", "reward.function=r:score"]
     config = make_run(run, cached, *sources, *LORA)
     make_checkpoint(run, trained(cached, config, 2), config, 2)
 
