@@ -44,13 +44,10 @@ def shapes_of_versions(folder: Path, lora: LoraConfig) -> dict[str, tuple[int, .
     """Name -> shape of every tensor of a version: the parameters of the folder's model (its files may have buffers too, and older
     names), or those of its adapters.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from async_rlhf.adapters import add_adapters, published
+    from async_rlhf.policy import empty_policy
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = empty_policy(folder)
     add_adapters(model, lora, seed=0)
     return {part.name: tuple(part.weight.shape) for part in published(model, lora)}
 

@@ -24,10 +24,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from async_rlhf.adapters import save_adapters
+from async_rlhf.adapters import save_adapters, target_layers
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.errors import EngineError
+from async_rlhf.policy import empty_policy
 from async_rlhf.protocols import SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
 
@@ -95,9 +96,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.engine_vllm.WeightInstaller",
             disable_log_stats=True,
-            enable_lora=lora is not None,
-            max_loras=1,
-            max_lora_rank=min(rank for rank in LORA_RANKS if rank >= (lora.rank if lora else 0)),
+            **({} if lora is None else _adapter_arguments(model_folder, lora)),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
 
@@ -193,3 +192,14 @@ class VLLMEngine:
         reason = FinishReason.STOP if completion.finish_reason == "stop" else FinishReason.LENGTH
         token_ids = np.array(completion.token_ids, dtype=np.int32)
         return Rollout(completion_ids=token_ids, behavior_logprobs=logprobs, version_spans=spans, finish_reason=reason)
+
+
+def _adapter_arguments(model_folder: Path, lora: LoraConfig) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rank for rank in LORA_RANKS if rank >= lora.rank),
+        # By name, because vLLM would make the head ready for an adapter too, and then fails at prompt log-probabilities (the canary's)
+        # while other requests run.
+        "lora_target_modules": target_layers(empty_policy(model_folder), lora),
+    }

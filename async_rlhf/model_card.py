@@ -56,7 +56,8 @@ def model_card(run_folder: Path, config: Config, state: TrainingState, *, base: 
 
 def write_card(run_folder: Path, config: Config, base: Path) -> None:
     """The card of a finished run's policy, beside it."""
-    write_atomically(run_folder / "model" / CARD, model_card(run_folder, config, read_state(run_folder), base=base))
+    if (run_folder / "model").is_dir():
+        write_atomically(run_folder / "model" / CARD, model_card(run_folder, config, read_state(run_folder), base=base))
 
 
 def hub_id(folder: Path) -> str | None:
@@ -98,10 +99,10 @@ def _facts(run_folder: Path, config: Config, state: TrainingState, base: Path) -
     if lora.rank:
         layers = ", ".join(lora.target_modules) or "all linear layers below the head"
         facts.append(("adapters", f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, {layers}"))
-    if rows:
-        first, last = rows[0], rows[-1]
-        facts.append(("reward per completion", f"{first['reward/mean']:.3f} (first update) -> {last['reward/mean']:.3f} (last)"))
-        facts.append(("KL to the base model", f"{last['rollout/kl_k1_nats']:.3f} nats per completion sampled (last update, k1)"))
+    if rows and "reward/mean" in rows[0].keys() & rows[-1].keys():
+        facts.append(("reward per completion", f"{rows[0]['reward/mean']:.3f} (first update) -> {rows[-1]['reward/mean']:.3f} (last)"))
+    if rows and "rollout/kl_k1_nats" in rows[-1]:
+        facts.append(("KL to the base model", f"{rows[-1]['rollout/kl_k1_nats']:.3f} nats per completion sampled (last update, k1)"))
     if (found := _evaluated(run_folder, state.version)) is not None:
         facts.append(("held-out score, greedy", found))
     text = (run_folder / "config.yaml").read_bytes()

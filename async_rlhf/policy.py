@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from async_rlhf.backbone import ATTENTION, check_backbone, check_head, completion_states, soft_capped, softcap_of
@@ -98,6 +98,12 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32, batching: Batc
     model, missing = _load(AutoModelForCausalLM, folder, dtype, batching)
     _refuse_missing(folder, missing)
     return model
+
+
+def empty_policy(folder: Path) -> PreTrainedModel:
+    """The architecture of a Hugging Face folder, without memory for its weights."""
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
 
 
 def load_critic(folder: Path, dtype: torch.dtype = torch.float32, batching: Batching = "padded") -> PreTrainedModel:

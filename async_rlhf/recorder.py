@@ -8,6 +8,7 @@ origin.json      what the run began from        incidents.jsonl actors that were
 LOCK             held by the living driver      heartbeat       touched by it
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion
+export/          what `async-rlhf export` wrote, by version
 """
 
 import json

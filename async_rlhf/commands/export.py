@@ -119,6 +119,11 @@ def _load(checkpoint: Checkpoint, config: Config, base: Path, adapter: bool) -> 
     lora = LoraConfig(**saved.facts.lora)
     if adapter and not lora.rank:
         raise ConfigError(f"{checkpoint.folder} holds a whole model, no adapters (learner.lora.rank is 0); export it without --adapter")
+    if not base.is_dir():
+        raise ConfigError(
+            f"the run began from {base}, which does not exist; a checkpoint needs its config and tokenizer, and adapters its weights: "
+            "restore it, or say where it is in the run's origin.json"
+        )
     check_model_folder(base)
     model = load_policy(base, DTYPES[saved.facts.precision])
     add_adapters(model, lora, config.seed)

@@ -9,6 +9,7 @@ from typing import Any
 
 from async_rlhf.config.algorithms import AlgorithmConfig, CriticConfig
 from async_rlhf.config.fields import named_section
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
@@ -39,6 +40,9 @@ def warnings_of(config: Config) -> list[str]:
         warnings.append("reward.num_gpus changes nothing: the scorers compute the rewards; set reward.count, or scorer.num_gpus")
     if config.queue.max_replacements_per_batch >= 0 and config.queue.ties != "replace" and config.max_replacements_per_batch == 0:
         warnings.append("queue.max_replacements_per_batch changes nothing: tied groups are kept; set queue.ties=replace to replace them")
+    lora = config.learner.lora
+    if not lora.rank and lora != LoraConfig():
+        warnings.append("learner.lora changes nothing while learner.lora.rank is 0: all weights are trained")
     return warnings
 
 

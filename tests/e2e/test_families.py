@@ -20,16 +20,9 @@ from tests.support.tiny_policy import logprobs_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 COMMON = (
-    *(
-        "conf/quickstart.yaml",
-        "updates=3",
-        "max_staleness=0",
-        "batch_groups=8",
-        "completions_per_prompt=4",
-        "task.held_out=20",
-        "queue.ties=keep",
-    ),
-    *("checkpoint.every_updates=2", "generator.temperature=0.8", "learner.learning_rate=1e-3", "learner.warmup_steps=0"),
+    *("conf/quickstart.yaml", "updates=3", "max_staleness=0", "batch_groups=8", "completions_per_prompt=4", "queue.ties=keep"),
+    *("task.held_out=20", "generator.temperature=0.8", "checkpoint.every_updates=2"),
+    *("learner.learning_rate=1e-3", "learner.warmup_steps=0"),
 )
 
 REWARD = """
@@ -42,7 +35,11 @@ RUNS = {
     "gpt_neox": ("gpt_neox", False, ("algorithm=ppo", "learner.zero_stage=3")),
     "gemma": ("gemma", True, ("algorithm=rloo", "learner.batching=padded")),
     "qwen3, tied, adapters": ("qwen3", True, ("algorithm=dpo", "learner.lora.rank=4", "learner.lora.alpha=8", "learner.zero_stage=2")),
-    "llama, adapters published alone": ("llama", False, ("algorithm=rloo", "learner.lora.rank=4", "learner.lora.publish=adapter")),
+    "llama, adapters published alone": (
+        "llama",
+        False,
+        ("algorithm=rloo", "learner.zero_stage=3", "learner.lora.rank=4", "learner.lora.publish=adapter"),
+    ),
 }
 
 
@@ -75,6 +72,7 @@ def assert_export_is_what_was_trained(run: Path, start: Path) -> None:
     for (name, parameter), other in zip(model.named_parameters(), by_checkpoint.parameters(), strict=True):
         assert torch.equal(parameter, other), name
     assert any(not torch.equal(parameter, model.get_parameter(name)) for name, parameter in base.named_parameters())
+    assert "| updates | 3 of 3 (" in (run / "model" / "README.md").read_text()
     settings = GenerationConfig.from_pretrained(run / "model")
     assert (settings.temperature, settings.do_sample, settings.top_k, settings.top_p, settings.eos_token_id) == (0.8, True, 0, 1.0, 1)
     assert AutoTokenizer.from_pretrained(run / "early").encode("1+2=") == AutoTokenizer.from_pretrained(start).encode("1+2=")

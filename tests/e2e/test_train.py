@@ -32,7 +32,15 @@ def test_asynchronous_dpo_learns_within_its_staleness_bound_and_leaves_a_complet
     assert max(row["queue/staleness_max"] for row in rows) == summary["staleness_max"] == 1
     assert summary["generator_idle_share"] < 0.6, "the generator must be busy while the learner steps"
     assert summary["prompts"] == 30 * 64 and summary["completions"] == 30 * 64 * 4
-    for name in ("config.yaml", "state.json", "report.html", "samples.json", "model/config.json", "model/tokenizer.json"):
+    for name in (
+        "config.yaml",
+        "state.json",
+        "report.html",
+        "samples.json",
+        "model/config.json",
+        "model/tokenizer.json",
+        "model/README.md",
+    ):
         assert (folder / name).is_file(), name
     assert list((folder / "tensorboard").glob("events*"))
     assert "report:" in done.output and "update 30/30" in done.output

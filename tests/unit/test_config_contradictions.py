@@ -258,3 +258,14 @@ def test_a_choice_of_what_happens_to_ties_overrules_the_default(name: str) -> No
     several = "queue.max_replacements_per_batch=3"
     assert load(f"algorithm={name}", "queue.ties=replace", several).max_replacements_per_batch == 3
     assert load(f"algorithm={name}", "queue.ties=keep", several).max_replacements_per_batch == 0
+
+
+def test_settings_of_adapters_without_a_rank_are_warned_of() -> None:
+    (warning,) = warnings_of(load("learner.lora.alpha=32"))
+    assert "learner.lora changes nothing while learner.lora.rank is 0" in warning
+    assert warnings_of(load("learner.lora.alpha=32", "learner.lora.rank=8")) == []
+
+
+def test_adapters_published_alone_have_a_largest_rank() -> None:
+    assert "takes ranks up to 512" in refusal("learner.lora.rank=513", "learner.lora.publish=adapter")
+    assert load("learner.lora.rank=513").learner.lora.rank == 513

@@ -171,11 +171,9 @@ def test_names_that_the_hub_knows_are_in_the_head(tmp_path: Path, start: Path) -
     cached = tmp_path / "models--owner--a-model" / "snapshots" / "0123"
     shutil.copytree(start, cached)
     run = tmp_path / "run"
-    sources = (
-        "prompts.sources.a.path=owner/questions@v1",
-        "prompts.sources.b.path=rows/mine.jsonl",
-        f"prompts.sources.c.path={tmp_path}/x.parquet",
-    )
+    paths = {"a": "owner/questions@v1", "b": "rows/mine.jsonl", "c": f"{tmp_path}/x.parquet"}
+    sources = [f"prompts.sources.{name}.path={path}" for name, path in paths.items()]
+    sources += ["task.name=dataset", "model.path=owner/a-model", "reward.function=r:score"]
     config = make_run(run, cached, *sources, *LORA)
     make_checkpoint(run, trained(cached, config, 2), config, 2)
 
@@ -212,7 +210,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, start: Path) -> None:
     refused(run, out=run / "config.yaml" / "deep", match=r"deep cannot be written: .*name another folder by --out")
     refused(run, adapter=True, match=r"00000003 holds a whole model, no adapters .*export it without --adapter")
     (run / "origin.json").write_text(json.dumps({"model_folder": str(tmp_path / "gone")}))
-    refused(run, match=r"gone, which does not exist")
+    refused(run, match=r"the run began from .*gone, which does not exist; a checkpoint needs its config and tokenizer")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -1,4 +1,4 @@
-"""A lock lasts as long as its holder, and says who that is."""
+"""A lock lasts as long as its holder, and says who that is; a folder is there whole or not at all."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from async_rlhf.errors import ConfigError
-from async_rlhf.files import lock_file
+from async_rlhf.files import lock_file, whole_folder
 from async_rlhf.run_lock import sole_driver
 
 HOLD = """
@@ -39,3 +39,30 @@ def test_run_is_free_again_after_its_driver_ended_by_an_error(tmp_path: Path) ->
         raise RuntimeError
     with sole_driver(tmp_path):
         pass
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="halfway"), whole_folder(tmp_path / "deep" / "out") as made:
+        (made / "first").write_text("1")
+        raise ValueError("halfway")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+    with whole_folder(tmp_path / "deep" / "out") as made:
+        (made / "first").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "first").read_text() == "1"
+
+
+def test_what_stands_in_a_folders_place_gives_way_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("0")
+
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "old").read_text() == "0"
+    with whole_folder(tmp_path / "out", replace=True) as made:
+        (made / "new").write_text("1")
+
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
