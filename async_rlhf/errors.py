@@ -15,6 +15,7 @@
         |-- LearnerLostError   the learner group lost a rank, and with it what it had not saved
         |-- RestartLimitError  an actor keeps failing
         |-- HeadLostError      Ray itself is gone
+        |-- StageStopped       a stage before reinforcement learning was asked to stop, and wrote a checkpoint
         `-- JournalError       the journal is damaged, cannot be written, or is not the one that was expected
             `-- JournalLockedError    another process writes it
 
@@ -80,6 +81,10 @@ class RestartLimitError(RunError):
 
 class HeadLostError(RunError):
     """Ray's head does not answer: nothing can be started, found or ended through it any more."""
+
+
+class StageStopped(RunError):
+    """A stage was asked to stop; what it had done is kept, and it goes on from there."""
 
 
 class JournalError(RunError):
