@@ -29,7 +29,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PERMANENT = (ConfigError, JournalError)
 """What keeps an actor from starting however often it is tried."""
 
-SHRINK = "lower generator.count, learner.num_ranks, scorer.count or their num_cpus / num_gpus, or add nodes"
+SHRINK = "lower generator.count, learner.num_ranks, scorer.count, reward.count or their num_cpus / num_gpus, or add nodes"
 
 HEAD_PROBE_S = 5.0
 """Between two looks at Ray's head; and how long one may take."""
@@ -273,6 +273,7 @@ def _local_cpus(config: Config) -> int:
     asked = (
         config.generator.count * config.generator.num_cpus
         + config.scorer.count * config.scorer.num_cpus
+        + config.reward.count * config.reward.num_cpus
         + config.learner.num_ranks * config.learner.num_cpus
     )
     return config.run.local_cpus or max(math.ceil(asked), os.cpu_count() or 1)
