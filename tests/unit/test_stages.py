@@ -1,5 +1,6 @@
 """Stages as plain objects: where they work, from where they go on, what decides their results, and what is learned."""
 
+import fcntl
 import json
 import math
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from async_rlhf.config.prompts import SourceConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
 from async_rlhf.errors import ConfigError, StageStopped
-from async_rlhf.sft import start_folder
+from async_rlhf.sft import FILES, start_folder
 from async_rlhf.stages.books import StageBooks
 from async_rlhf.stages.finetune import UNTRAINED, finetune, held_out_loss
 from async_rlhf.stages.folder import WHOLE, StageFolder, TargetTakenError, work_folder, working
-from async_rlhf.stages.messages import StageProgress, StageWatch
+from async_rlhf.stages.messages import StageJob, StageProgress, StageWatch
+from async_rlhf.stages.perform import perform
 from async_rlhf.stages.relabel import relabel
 from async_rlhf.stages.reward_model import measure, reward_model_folder, train_reward_model
 from tests.support.cluster import make_model_folder
@@ -53,6 +55,19 @@ def make_checkpoint(folder: StageFolder, step: int, *, whole: bool = True) -> Pa
     if whole:
         (checkpoint / WHOLE).touch()
     return checkpoint
+
+
+class _Holder:
+    """Another process in a work folder: the kernel tells file handles apart, not processes."""
+
+    def __init__(self, work: Path) -> None:
+        work.mkdir(parents=True)
+        self._handle = (work / "LOCK").open("w")
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Let go."""
+        self._handle.close()
 
 
 # The work folder
@@ -112,6 +127,23 @@ def test_second_process_waits_says_for_whom_and_can_be_stopped_while_it_waits(tm
             pass
 
     assert len(told) == 1 and told[0].startswith("waiting for process ") and str(work_folder(tmp_path / "model")) in told[0]
+
+
+def test_cached_result_that_another_process_finishes_meanwhile_is_taken(tmp_path: Path):
+    config = Config(sft=SFTConfig(cache_dir=str(tmp_path)))
+    job = StageJob(kind="sft", config=config, target=start_folder(config), cached=True)
+
+    def finish_once_somebody_waits(progress: StageProgress) -> None:
+        if "waiting for" in progress.note:
+            for name in FILES:
+                (job.target / name).write_text('{"accuracy": 0.4}')
+            other.release()
+
+    other = _Holder(work_folder(job.target))
+    job.target.mkdir()
+    result = perform(job, StageWatch(on_progress=finish_once_somebody_waits))
+
+    assert result.target == job.target and "in the cache; held-out accuracy 0.400" in result.lines[0]
 
 
 def test_rows_after_the_checkpoint_and_one_cut_by_the_kill_are_taken_back(tmp_path: Path):
