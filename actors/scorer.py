@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.assessor import Assessor
 from async_rlhf.config import Config
+from async_rlhf.evaluation import Sample
 from async_rlhf.rewards import call_reward, load_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
@@ -19,7 +21,6 @@ class Scorer:
             ConfigError: a path does not import.
         """
         self._reward = load_reward(reward_path)
-        self._metric = load_reward(metric_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
@@ -27,6 +28,8 @@ class Scorer:
 
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
+        separate_reward = self._reward if reward_path != metric_path else None
+        self._assessor = Assessor(self._tokenizer, load_reward(metric_path), separate_reward, self._reference)
 
     def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
@@ -57,15 +60,13 @@ class Scorer:
             start = end
         return len(scored), scored
 
-    def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[float], list[str]]:
-        """The task's own metric of single completions, whatever the training reward is, and their texts: an evaluation.
+    def assess(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampled: bool) -> list[Sample]:
+        """Single completions of held-out prompts, for an evaluation; see Assessor."""
+        return self._assessor.assess(prompts, rollouts, sampled)
 
-        Raises:
-            RewardError: the reward function broke its contract.
-        """
-        texts = self._decode(rollouts)
-        scores = call_reward(self._metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
-        return [float(score) for score in scores], texts
+    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], list[float]]:
+        """Metric and reward of texts that anybody wrote; see Assessor."""
+        return self._assessor.grade(prompts, texts)
 
     def _decode(self, rollouts: Sequence[Rollout]) -> list[str]:
         return self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,9 +17,12 @@ from rich.console import Console
 
 from async_rlhf.commands.guard import HEARTBEAT, guard_is_gone
 from async_rlhf.errors import ConfigError, RewardError
-from async_rlhf.evaluation import Evaluation
+from async_rlhf.evaluation import Findings, headline
+from async_rlhf.evaluation_log import read_accuracies
+from async_rlhf.evaluation_summary import summarize_evaluations
+from async_rlhf.opponents import sample_opponent
 from async_rlhf.progress import Progress
-from async_rlhf.recorder import Recorder, read_accuracies, write_samples, write_summary
+from async_rlhf.recorder import Recorder, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState, write_atomically
@@ -51,6 +55,8 @@ class _Watcher:
     def __init__(self, progress: Progress, recorder: Recorder) -> None:
         self._progress = progress
         self.recorder = recorder
+        self.evaluations_dropped: Counter[str] = Counter()
+        """By this driver: reason -> count."""
 
     def stage(self, text: str) -> None:
         self._progress.stage(text)
@@ -65,8 +71,13 @@ class _Watcher:
     def incident(self, entry: Mapping[str, Any]) -> None:
         self.recorder.write_incident(entry)
 
-    def evaluated(self, name: str, evaluation: Evaluation) -> None:
-        write_samples(self.recorder.folder, name, evaluation)
+    def evaluated(self, findings: Findings) -> None:
+        row = self.recorder.write_evaluation(findings)
+        self._progress.stage(headline(findings, row))
+
+    def evaluation_dropped(self, version: int, reason: str, text: str) -> None:
+        self.evaluations_dropped[reason] += 1
+        self._progress.stage(f"the evaluation at version {version} is dropped: {text}")
 
 
 def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
@@ -85,6 +96,7 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     session, cluster, end = None, None, (EXIT_OK, "")
     signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
+        sample_opponent(plan.config, folder, watcher.stage)
         session = open_session()
         watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
         cluster = _connect(plan, session)
@@ -103,7 +115,8 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
         elif session is not None:
             shutil.rmtree(session, ignore_errors=True)
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
-    return end[0], _summary(plan, accounts, end, time.perf_counter() - started_s)
+    summary = _summary(plan, accounts, end, time.perf_counter() - started_s)
+    return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped)}
 
 
 def _connect(plan: RunPlan, session: Path | None) -> "Cluster":
@@ -157,6 +170,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "error": end[1],
         "start_accuracy": accuracy.get("start"),
         "final_accuracy": accuracy.get("final"),
+        **summarize_evaluations(plan.run_folder, separate_reward=plan.reward != plan.metric),
         "max_staleness": plan.config.max_staleness,
         "staleness_max": accounts.staleness_max,
         "updates": accounts.updates,
