@@ -81,6 +81,7 @@ class LiveEvaluation:
         try:
             if self._config.deterministic:
                 await self._crew.gate.decided(version)
+                self._check_installed(version)
             greedy = await self._ask_all(version, 0.0)
             sampled = await self._ask_all(version, temperature) if self._config.evaluation.sampled else None
             await self._crew.gate.open()
@@ -92,6 +93,11 @@ class LiveEvaluation:
             self._listener.evaluation_dropped(version, reason, first_line(error))
         finally:
             await self._crew.gate.open()
+
+    def _check_installed(self, version: int) -> None:
+        """Behind the closed gate no generator gets this version any more: none has it where the batch was sampled by an earlier driver."""
+        if all(report.version < version for report in self._crew.installs.values()):
+            raise DeadlineError(f"no generator has version {version}: its batch was sampled before")
 
     async def _ask_all(self, version: int, temperature: float) -> list[Rollout]:
         """One completion per prompt; each generator that has the version takes a few prompts at a time until none is left."""

@@ -22,6 +22,8 @@ MAX_ROWS = 12
 """Of the table; more evaluations are thinned out, the first and the last one stay."""
 MAX_NAMED = 5
 """Points of the frontier that carry their version."""
+SMALLEST_P = 0.001
+"""Smaller p-values are not told apart."""
 NAME_OFFSET = (5, 4)
 """Of a name from its point, in points of the page."""
 
@@ -60,12 +62,12 @@ def _table(rows: Sequence[Row]) -> str:
     if len(rows) > MAX_ROWS:
         chosen = [rows[round(index)] for index in np.linspace(0, len(rows) - 1, MAX_ROWS)]
     columns = (
-        ("score, greedy", "score", "score", ".3f"),
-        ("change since the start", "score_change", "score_change", "+.3f"),
-        ("reward, greedy", "reward", "reward", ".3f"),
+        ("score, greedy", "score", "score", "z.3f"),
+        ("change since the start", "score_change", "score_change", "+z.3f"),
+        ("reward, greedy", "reward", "reward", "z.3f"),
         ("win-rate", "winrate", "winrate", ".3f"),
-        ("score, sampled", "sampled_score", "sampled_score", ".3f"),
-        ("KL, nats", "kl_nats", "", ".3f"),
+        ("score, sampled", "sampled_score", "sampled_score", "z.3f"),
+        ("KL, nats", "kl_nats", "", "z.3f"),
         ("tokens", "length_tokens", "", ".1f"),
         ("cut", "cut_share", "", ".1%"),
     )
@@ -90,10 +92,14 @@ def _cell(row: Row, name: str, interval: str, form: str) -> str:
     if interval:
         text += f'<br><span class="muted">{row[f"evaluate/{name}_low"]:{form}} to {row[f"evaluate/{name}_high"]:{form}}</span>'
     if f"evaluate/{name}_p" in row:
-        text += f'<br><span class="muted">p {row[f"evaluate/{name}_p"]:.2g}</span>'
+        text += f'<br><span class="muted">p {_p_value(row[f"evaluate/{name}_p"])}</span>'
     if name == "kl_nats" and "evaluate/kl_error_nats" in row:
-        text += f'<br><span class="muted">+- {row["evaluate/kl_error_nats"]:.3f}</span>'
+        text += f'<br><span class="muted">&plusmn; {row["evaluate/kl_error_nats"]:.3f}</span>'
     return text
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= SMALLEST_P else f"&lt; {SMALLEST_P}"
 
 
 def _frontier(rows: Sequence[Row], key: str, name: str, noun: str) -> str:
