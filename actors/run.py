@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from actors.accounts import Accounts, Row
@@ -18,7 +19,7 @@ from actors.pipeline import produce, train
 from actors.replay_queue import Undone
 from actors.supervision import Supervisor, guarded
 from async_rlhf.checkpoints import discard, folders, newest
-from async_rlhf.errors import ActorLostError, LearnerLostError, RunError
+from async_rlhf.errors import ActorLostError, AsyncRLHFError, LearnerLostError, RewardError, RunError
 from async_rlhf.evaluation import Findings
 from async_rlhf.evaluation_log import read_evaluations
 from async_rlhf.opponents import find_opponent, held_out
@@ -91,7 +92,17 @@ class Run:
         producers = [produce(generator, crew, self._config) for generator in crew.generators]
         main = asyncio.ensure_future(self._train(crew, version))
         main.set_name("train")
-        await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+        try:
+            await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+        except RewardError:
+            await self._count_groups(crew)
+            raise
+
+    async def _count_groups(self, crew: Crew) -> None:
+        """What became of the groups that no update has booked."""
+        with suppress(AsyncRLHFError):  # the run has failed already
+            asked = crew.queue.actor.call("next_batch", self._accounts.updates, 0.0, timeout_s=self._config.timeouts.call_s)
+            self._accounts.count((await asked).counters)
 
     async def _start(self) -> tuple[Crew, int]:
         """Start all actors; ends when the learner's version is with the broadcaster."""

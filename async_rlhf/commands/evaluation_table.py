@@ -16,7 +16,7 @@ MAX_PRINTED = 300
 def print_findings(console: Console, findings: Findings, numbers: Mapping[str, float], opponent: Opponent | None, num_samples: int) -> None:
     """Numbers with their intervals, and the first greedy completions."""
     table = Table(title="held-out prompts")
-    for heading in ("sampling", "score", "95 % interval", "tokens / completion", "cut", "KL, nats / completion"):
+    for heading in ("sampling", "score", "95 %", "tokens", "cut", "KL, nats"):
         table.add_column(heading, justify="left" if heading == "sampling" else "right")
     for name, prefix, part in (("greedy", "", findings.greedy), ("sampled", "sampled_", findings.sampled)):
         if part is not None:

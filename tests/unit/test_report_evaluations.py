@@ -68,7 +68,7 @@ def test_curves_of_evaluations_are_shaded_between_the_ends_of_their_intervals() 
     for x, y in line:
         inside = [other for at, other in band if at == pytest.approx(x, abs=0.01)]
         assert min(inside) < y < max(inside)
-        assert y - min(inside) == pytest.approx(max(inside) - y, abs=0.02)
+        assert y - min(inside) == pytest.approx(max(inside) - y, abs=0.05)
     assert 'id="evaluated-winrate-evaluated-winrate:level"' in html, "even is marked"
 
 
@@ -78,7 +78,7 @@ def test_frontier_draws_score_over_divergence_in_the_order_of_the_versions() -> 
 
     first, middle, last = points_of(group(html, "frontier-score:points"))[:3]
     assert first[0] < middle[0] < last[0] and first[1] < middle[1] < last[1]
-    assert middle == pytest.approx(((first[0] + last[0]) / 2, (first[1] + last[1]) / 2), abs=0.02)
+    assert middle == pytest.approx(((first[0] + last[0]) / 2, (first[1] + last[1]) / 2), abs=0.05)
     assert "KL to the reference, nats per completion</text>" in html and "score, sampled</text>" in html
     names = re.findall(r">(start|v\d+)</text>", html)
     assert names == ["start", "v4", "v8"]
