@@ -1,4 +1,4 @@
-"""What single completions are worth: text, the task's metric, the run's reward, and the divergence from the reference."""
+"""What single completions are worth: text, the task's metric, and the divergence from the reference."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,17 +22,14 @@ class Assessor:
         self,
         tokenizer: "PreTrainedTokenizerBase",
         metric: RewardFunction,
-        reward: RewardFunction | None,
         reference: "ReferencePolicy | None",
     ) -> None:
         """
         Args:
-            reward: None where it is the metric.
             reference: None: no divergence is estimated.
         """
         self._tokenizer = tokenizer
         self._metric = metric
-        self._reward = reward
         self._reference = reference
 
     def assess(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampled: bool) -> list[Sample]:
@@ -41,10 +38,10 @@ class Assessor:
             prompts, rollouts: N each.
             sampled: at the training temperature, so that the divergence from the reference can be estimated.
         Raises:
-            RewardError: metric or reward broke its contract.
+            RewardError: the metric broke its contract.
         """
         texts = self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)
-        scores, rewards = self.grade(prompts, texts)
+        scores = self.grade(prompts, texts)
         nats = divergences(self._reference, prompts, rollouts) if sampled and self._reference is not None else None
         return [
             Sample(
@@ -52,7 +49,6 @@ class Assessor:
                 completion=texts[index],
                 expected=expected_of(prompt),
                 score=scores[index],
-                reward=rewards[index] if rewards else None,
                 kl_nats=nats[index] if nats else None,
                 num_tokens=len(rollout.completion_ids),
                 finish_reason=rollout.finish_reason.value,
@@ -61,16 +57,13 @@ class Assessor:
             for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
         ]
 
-    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], list[float]]:
-        """Metric and reward of N texts; no rewards where the reward is the metric.
+    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The metric of N texts.
 
         Raises:
-            RewardError: metric or reward broke its contract.
+            RewardError: the metric broke its contract.
         """
-        asked, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
-        scores = call_reward(self._metric, asked, texts, columns)
-        rewards = [] if self._reward is None else call_reward(self._reward, asked, texts, columns).tolist()
-        return scores.tolist(), rewards
+        return call_reward(self._metric, [prompt.text for prompt in prompts], texts, [prompt.columns for prompt in prompts]).tolist()
 
 
 def divergences(reference: "ReferencePolicy", prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[float]:

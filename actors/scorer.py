@@ -6,7 +6,7 @@ from pathlib import Path
 from actors.assessor import Assessor
 from async_rlhf.config import Config
 from async_rlhf.evaluation import Sample
-from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.rewards import Rating, load_reward, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
@@ -20,7 +20,7 @@ class Scorer:
         Raises:
             ConfigError: a path does not import.
         """
-        self._reward = load_reward(reward_path)
+        self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
@@ -28,20 +28,24 @@ class Scorer:
 
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
-        separate_reward = self._reward if reward_path != metric_path else None
-        self._assessor = Assessor(self._tokenizer, load_reward(metric_path), separate_reward, self._reference)
+        self._assessor = Assessor(self._tokenizer, load_reward(metric_path), self._reference)
 
-    def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
+    def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, list[ScoredGroup]]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
 
+        Args:
+            rating: of their completions, where reward actors rate; None: the scorer's own reward does.
         Raises:
-            RewardError: the reward function broke its contract.
+            RewardError: no score for a completion. RewardLostError: whoever should answer cannot be reached.
         """
         groups = groups if only is None else groups[only : only + 1]
         prompts = [group.ticket.prompt for group in groups for _ in group.rollouts]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         texts = self._decode(rollouts)
-        scores = call_reward(self._reward, [p.text for p in prompts], texts, [p.columns for p in prompts])
+        if rating is None:
+            assert self._reward is not None, "where reward actors rate, their rating comes with the groups"
+            rating = self._reward.rate(prompts, texts)
+        scores = rating.scores
         if self._cut_score is not None:
             scores = penalise_cut(scores, [rollout.finish_reason for rollout in rollouts], self._cut_score)
         references = self._reference.logprobs(groups)
@@ -55,6 +59,7 @@ class Scorer:
                     scores=scores[start:end],
                     reference_logprobs=tuple(references[start:end]),
                     completions=tuple(texts[start:end]),
+                    reward_parts={name: part[start:end] for name, part in rating.parts.items()},
                 )
             )
             start = end
@@ -64,9 +69,18 @@ class Scorer:
         """Single completions of held-out prompts, for an evaluation; see Assessor."""
         return self._assessor.assess(prompts, rollouts, sampled)
 
-    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], list[float]]:
-        """Metric and reward of texts that anybody wrote; see Assessor."""
+    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The task's own metric of texts that anybody wrote; see Assessor."""
         return self._assessor.grade(prompts, texts)
+
+    def rate_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The run's reward of such texts.
+
+        Raises:
+            RewardError: no score for a completion. RewardLostError: whoever should answer cannot be reached.
+        """
+        assert self._reward is not None, "where reward actors rate, they are asked"
+        return self._reward.rate(prompts, texts).scores.tolist()
 
     def _decode(self, rollouts: Sequence[Rollout]) -> list[str]:
         return self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)

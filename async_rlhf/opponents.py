@@ -16,7 +16,7 @@ from async_rlhf.prompts import encode_problem, load_encode
 from async_rlhf.state import write_atomically
 from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt
-from async_rlhf.winrate import LOSS, TIE, WIN, Comparer, by_score
+from async_rlhf.winrate import LOSS, WIN, Comparer, by_score
 
 REFERENCES = "references"
 OPPONENTS = "opponents.json"
@@ -149,18 +149,14 @@ def ask_model(model: Path, config: Config) -> dict[str, str]:
     return {sample["prompt_id"]: sample["completion"] for sample in samples}
 
 
-def outcomes_by_score(
-    samples: Sequence[Sample], completions: Sequence[str | None], grades: Sequence[tuple[float, float]], *, by_reward: bool
-) -> list[float | None]:
-    """Per prompt: 1 where ours has the higher score, 0 where the opponent's has, 0.5 if equal; None where the opponent did not answer.
+def outcomes_by_score(own: Sequence[float], theirs: Sequence[float], completions: Sequence[str | None]) -> list[float | None]:
+    """Per prompt: 1 where ours has the higher score, 0 where the opponent's has, 0.5 if equal; None where it did not answer.
 
     Args:
-        grades: (metric, reward) of each of the opponent's completions.
-        by_reward: compare rewards; else the metric.
+        own, theirs: metric, or reward, of each completion.
+        completions: the opponent's.
     """
-    own = [sample.reward if by_reward and sample.reward is not None else sample.score for sample in samples]
-    outcomes = by_score(own, [reward if by_reward else score for score, reward in grades])
-    return [None if completion is None else outcome for completion, outcome in zip(completions, outcomes, strict=True)]
+    return [None if completion is None else outcome for completion, outcome in zip(completions, by_score(own, theirs), strict=True)]
 
 
 def outcomes_by_judge(
@@ -174,10 +170,11 @@ def outcomes_by_judge(
     known = [(index, completion) for index, completion in enumerate(completions) if completion is not None]
     try:
         asked, own = [prompts[index] for index, _ in known], [samples[index].completion for index, _ in known]
-        found = dict(zip((index for index, _ in known), comparer(asked, own, [theirs for _, theirs in known]), strict=True))
+        answers = [float(answer) for answer in comparer(asked, own, [theirs for _, theirs in known])]
+        found = dict(zip((index for index, _ in known), answers, strict=True))
     except Exception as error:  # whatever a judge does: it ends this win-rate, and nothing else
         raise RewardError(f"the judge failed: {type(error).__name__}: {error}") from error
-    wrong = [outcome for outcome in found.values() if outcome not in (WIN, TIE, LOSS)]
+    wrong = [outcome for outcome in found.values() if not LOSS <= outcome <= WIN]
     if wrong:
         raise RewardError(f"the judge must answer 1, 0.5 or 0, got {wrong[0]!r}")
     return [found.get(index) for index in range(len(samples))]

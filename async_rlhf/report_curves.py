@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from async_rlhf.curves import CURVES, Curve, Line
+from async_rlhf.curves import CURVES, Curve, Line, part_curves
 from async_rlhf.svg import COLOURS, draw_svg
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BAND_ALPHA = 0.16
 
 
 def render_curves(rows: Sequence[Row], bound: int | None) -> str:
-    """All CURVES as HTML figures with inline SVG; one sentence where there is nothing to draw.
+    """All CURVES, and the parts of the reward, as HTML figures with inline SVG; one sentence where there is nothing to draw.
 
     Args:
         rows: one per update, in order.
@@ -38,7 +38,7 @@ def render_curves(rows: Sequence[Row], bound: int | None) -> str:
     """
     if not rows:
         return '<p class="note">no updates yet</p>'
-    return f'<div class="curves">{draw_curves(CURVES, rows, bound)}</div>{_notes(rows)}'
+    return f'<div class="curves">{draw_curves((*CURVES, *part_curves(rows)), rows, bound)}</div>{_notes(rows)}'
 
 
 def draw_curves(curves: Sequence[Curve], rows: Sequence[Row], bound: int | None) -> str:

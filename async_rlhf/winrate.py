@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from async_rlhf.config.rewards import JudgeConfig
-from async_rlhf.errors import ConfigError
 from async_rlhf.intervals import Interval, mean_interval, sign_test
 from async_rlhf.types import Prompt
 
@@ -16,7 +15,7 @@ class Comparer(Protocol):
     """Says which of two completions of a prompt is better, whatever their order; may take seconds."""
 
     def __call__(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Sequence[float]:
-        """Per prompt: 1 the first is better, 0 the second, 0.5 neither.
+        """Per prompt: 1 the first is better, 0 the second, 0.5 neither; between them where it was asked several times.
 
         Raises:
             RewardError: it cannot be had.
@@ -29,7 +28,7 @@ class WinRate:
     """The outcomes of N prompts, as one number."""
 
     share: float
-    """Mean outcome: (wins + ties / 2) / N."""
+    """Mean outcome: (wins + ties / 2) / N, where all outcomes are 1, 0.5 or 0."""
     interval: Interval
     """95 %: Wilson's without ties, else the bootstrap's over prompts."""
     wins: int
@@ -48,8 +47,8 @@ def by_score(own: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def win_rate(outcomes: Sequence[float]) -> WinRate:
-    """N >= 1 outcomes, each 1, 0.5 or 0, summed up."""
-    wins, ties = outcomes.count(WIN), outcomes.count(TIE)
+    """N >= 1 outcomes from 0 to 1 summed up: above 0.5 a prompt is won, below it is lost."""
+    wins, ties = sum(outcome > TIE for outcome in outcomes), outcomes.count(TIE)
     return WinRate(
         share=sum(outcomes) / len(outcomes),
         interval=mean_interval(outcomes),
@@ -60,18 +59,10 @@ def win_rate(outcomes: Sequence[float]) -> WinRate:
 
 
 def load_comparer(judge: JudgeConfig) -> Comparer:
-    """The judge that the config describes.
-
-    Raises:
-        ConfigError: it describes none.
-    """
-    import async_rlhf.rewards as rewards
-
-    compare = getattr(rewards, "compare", None)
-    if compare is None or not (judge.url and judge.model):
-        raise ConfigError("a win-rate decided by a judge needs evaluation.judge.url and evaluation.judge.model")
+    """The judge that the config describes, asked in both orders."""
+    from async_rlhf.rewards import compare
 
     def decide(prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Sequence[float]:
-        return compare(judge, [prompt.text for prompt in prompts], first, second)
+        return compare(judge, prompts, first, second).tolist()
 
     return decide

@@ -20,6 +20,7 @@ from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.evaluation import Findings, headline
 from async_rlhf.evaluation_log import read_accuracies
 from async_rlhf.evaluation_summary import summarize_evaluations
+from async_rlhf.model_card import write_card
 from async_rlhf.opponents import sample_opponent
 from async_rlhf.progress import Progress
 from async_rlhf.recorder import Recorder, write_summary
@@ -44,6 +45,8 @@ def drive(plan: RunPlan, console: Console) -> int:
     with Progress(console, plan.config.updates) as progress, closing(Recorder(plan.run_folder)) as recorder:
         code, summary = _execute(plan, _Watcher(progress, recorder))
     write_summary(plan.run_folder, summary)
+    if code == EXIT_OK:
+        write_card(plan.run_folder, plan.config, plan.model_folder)
     write_report(plan.run_folder)
     _say_goodbye(console, plan.run_folder, summary)
     return code
@@ -170,7 +173,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "error": end[1],
         "start_accuracy": accuracy.get("start"),
         "final_accuracy": accuracy.get("final"),
-        **summarize_evaluations(plan.run_folder, separate_reward=plan.reward != plan.metric),
+        **summarize_evaluations(plan.run_folder, separate_reward=plan.separate_reward),
         "max_staleness": plan.config.max_staleness,
         "staleness_max": accounts.staleness_max,
         "updates": accounts.updates,

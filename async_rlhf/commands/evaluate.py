@@ -17,12 +17,12 @@ from async_rlhf.commands.evaluation_table import print_findings
 from async_rlhf.commands.resume import read_origin
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
-from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, measure
 from async_rlhf.evaluation_log import read_evaluation
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.opponents import REFERENCES, Opponent, ask_model, held_out, opponent_of, outcomes_by_judge, outcomes_by_score, references
-from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.rewards import Reward, absolute_reward, load_reward, open_reward
 from async_rlhf.state import write_atomically
 from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt, Rollout
@@ -73,6 +73,11 @@ class Subject:
     start: Evaluation | None
     """The run's completions before its first update; None: no run, or it has none."""
 
+    @property
+    def rated(self) -> bool:
+        """Whether there is a reward that is not the metric."""
+        return bool(self.config.reward.parts) or self.reward != self.metric
+
 
 def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console) -> int:
     """Sample one completion per held-out prompt, greedily and at the training temperature, and print what they are worth.
@@ -94,10 +99,9 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     _say(console, f"model: {subject.folder} ({config.generator.engine}), task {config.task.name}, {len(prompts)} held-out prompts")
-    assessor = _assessor(subject, wishes)
+    assessor = _assessor(subject)
     findings = _find(subject, prompts, assessor, wishes, console)
-    if opponent is not None:
-        findings = _compare(config, prompts, findings, opponent, assessor)
+    findings = _rated_and_compared(subject, prompts, findings, opponent, assessor)
     numbers = measure(findings, subject.start)
     print_findings(console, findings, numbers, opponent, wishes.samples)
     if wishes.out is not None:
@@ -164,15 +168,14 @@ def _opponent(config: Config, prompts: Sequence[Prompt], console: Console) -> Op
     return opponent_of(config.evaluation.against, ask_model(Path(config.evaluation.against), config), prompts)
 
 
-def _assessor(subject: Subject, wishes: Wishes) -> "Assessor":
+def _assessor(subject: Subject) -> "Assessor":
     from transformers import AutoTokenizer
 
     from actors.assessor import Assessor
     from actors.reference import ReferencePolicy
 
-    reward = load_reward(subject.reward) if subject.reward != subject.metric else None
     reference = ReferencePolicy(subject.reference, subject.config) if subject.reference is not None else None
-    return Assessor(AutoTokenizer.from_pretrained(subject.folder), load_reward(subject.metric), reward, reference)
+    return Assessor(AutoTokenizer.from_pretrained(subject.folder), load_reward(subject.metric), reference)
 
 
 def _find(subject: Subject, prompts: Sequence[Prompt], assessor: "Assessor", wishes: Wishes, console: Console) -> Findings:
@@ -181,11 +184,13 @@ def _find(subject: Subject, prompts: Sequence[Prompt], assessor: "Assessor", wis
     from async_rlhf.snapshot import snapshot_of_folder
 
     config = subject.config
+    # Before the engine: vLLM changes transformers' own classes for some architectures.
+    weights = snapshot_of_folder(subject.folder, config.generator.dtype)
     generator = Generator(config, str(subject.folder), "eval")
     temperatures = [0.0] if wishes.greedy else [0.0, config.generator.temperature]
     found: list[Evaluation] = []
     try:
-        generator.install(snapshot_of_folder(subject.folder, config.generator.dtype))
+        generator.install(weights)
         for temperature in temperatures:
             rollouts = _sample(generator, prompts, temperature, console)
             samples = assessor.assess(prompts, rollouts, temperature > 0)
@@ -207,20 +212,40 @@ def _sample(generator: "Generator", prompts: Sequence[Prompt], temperature: floa
         return sampling.result()
 
 
-def _compare(config: Config, prompts: Sequence[Prompt], findings: Findings, opponent: Opponent, assessor: "Assessor") -> Findings:
-    """With the outcome of each greedy completion against the opponent's; or with the reason why there is none."""
-    completions, samples = opponent.completions, findings.greedy.samples
+def _rated_and_compared(
+    subject: Subject, prompts: Sequence[Prompt], findings: Findings, opponent: Opponent | None, assessor: "Assessor"
+) -> Findings:
+    """With the run's reward of each completion and, where there is an opponent, the outcome; or with the reason why there is none."""
+    config, reward = subject.config, None
     try:
+        if subject.rated:
+            reward = open_reward(config.reward, subject.reward)
+            sampled = None if findings.sampled is None else _rated(reward, prompts, findings.sampled)
+            findings = replace(findings, greedy=_rated(reward, prompts, findings.greedy), sampled=sampled)
+        if opponent is None:
+            return findings
+        samples, completions = findings.greedy.samples, opponent.completions
+        theirs = [completion or "" for completion in completions]
         if config.evaluation.winrate == "judge":
             outcomes = outcomes_by_judge(load_comparer(config.evaluation.judge), prompts, samples, completions)
+        elif config.evaluation.winrate == "reward" and reward is not None:
+            ratings = reward.rate(prompts, theirs).scores.tolist()
+            outcomes = outcomes_by_score([sample.reward or 0.0 for sample in samples], ratings, completions)
         else:
-            scores, rewards = assessor.grade(prompts, [completion or "" for completion in completions])
-            grades = list(zip(scores, rewards or scores, strict=True))
-            outcomes = outcomes_by_score(samples, completions, grades, by_reward=config.evaluation.winrate == "reward")
-    except RewardError as error:
+            outcomes = outcomes_by_score(findings.greedy.scores, assessor.grade(prompts, theirs), completions)
+    except (RewardError, RewardLostError) as error:
         return replace(findings, problem=str(error))
+    finally:
+        if reward is not None:
+            reward.close()
     compared = tuple(replace(sample, outcome=outcome) for sample, outcome in zip(samples, outcomes, strict=True))
     return replace(findings, greedy=replace(findings.greedy, samples=compared), opponent=opponent.name)
+
+
+def _rated(reward: Reward, prompts: Sequence[Prompt], evaluation: Evaluation) -> Evaluation:
+    scores = reward.rate(prompts, [sample.completion for sample in evaluation.samples]).scores.tolist()
+    pairs = zip(evaluation.samples, scores, strict=True)
+    return replace(evaluation, samples=tuple(replace(sample, reward=score) for sample, score in pairs))
 
 
 def _write(file: Path, subject: Subject, findings: Findings, numbers: Mapping[str, float]) -> None:

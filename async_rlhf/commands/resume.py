@@ -17,7 +17,7 @@ from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.opponents import check_opponent, held_out, with_absolute_against
 from async_rlhf.recorder import HIDDEN, without_secrets
-from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import read_state, write_atomically
@@ -61,8 +61,11 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     keys = {change.split(" ")[0] for change in changed}
     model_folder = Path(config.model.path).resolve() if "model.path" in keys else Path(origin["model_folder"])
     check_model_folder(model_folder)
-    reward = absolute_reward(config.reward.function) if "reward.function" in keys else origin["reward"]
-    load_reward(reward)
+    reward = origin["reward"]
+    if "reward.function" in keys:
+        reward = absolute_reward(config.reward.function) or origin["metric"]
+    config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
+    check_rewards(config.reward, reward)
     config = with_absolute_against(config)
     check_opponent(config.evaluation, held_out(config, model_folder))
     undo = any(_changes_training(change) for change in changed)

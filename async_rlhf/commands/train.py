@@ -13,7 +13,7 @@ from async_rlhf.config.checks import warnings_of
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.opponents import check_opponent, held_out, with_absolute_against
 from async_rlhf.recorder import make_run_folder, write_origin
-from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.tasks import load_task
@@ -26,8 +26,9 @@ def run_train(config: Config, console: Console) -> int:
         ConfigError: before any actor starts, and before there is a run folder.
     """
     metric = load_task(config.task).reward
-    reward = absolute_reward(config.reward.function) if config.reward.function else metric
-    load_reward(reward)
+    config = replace(config, reward=absolute_rewards(config.reward))
+    reward = config.reward.function or metric
+    check_rewards(config.reward, reward)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from actors.evaluator import Evaluator
 from actors.judging import Judging
 from actors.live_evaluation import LiveEvaluation
 from actors.supervision import guarded
-from async_rlhf.errors import RewardError
+from async_rlhf.errors import RewardError, RewardLostError
 from async_rlhf.evaluation import Findings, Sample, expected_of
 from async_rlhf.opponents import Opponent
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.types import Prompt, Rollout
 from tests.actors.test_pipeline import FakeGenerator, FakeQueue, FakeScorer, Stage
 from tests.support.local_actors import LocalHandle, local_kill
@@ -69,6 +71,7 @@ class Judge(FakeScorer):
     """A completion's text is its first token, and its score that number; the reward is its negative."""
 
     assess_error: Exception | None = None
+    rate_error: Exception | None = None
 
     async def assess(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampled: bool) -> list[Sample]:
         if self.assess_error is not None:
@@ -80,15 +83,19 @@ class Judge(FakeScorer):
                 completion=str(number),
                 expected=expected_of(prompt),
                 score=number,
-                reward=-number,
                 kl_nats=0.5 if sampled else None,
                 num_tokens=2,
             )
             for prompt, number in zip(prompts, first, strict=True)
         ]
 
-    async def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], list[float]]:
-        return [float(text) for text in texts], [0.0 for _ in texts]
+    async def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return [float(text) for text in texts]
+
+    async def rate_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        if self.rate_error is not None:
+            raise self.rate_error
+        return [-float(text) for text in texts]
 
 
 class Listener:
@@ -118,7 +125,8 @@ class Theatre:
         self.stage = Stage(FakeQueue(num_tickets=40), Answering, self.scorers, *words, num_generators=num_generators)
         self.listener = Listener()
         config, crew = self.stage.config, self.stage.crew
-        judging = Judging(config, crew, PROMPTS, judged.get("opponent"), judged.get("comparer"))
+        plan = RunPlan(config=config, run_folder=Path("run"), model_folder=Path("model"), reward=judged.get("reward", "m"), metric="m")
+        judging = Judging(plan, crew, PROMPTS, judged.get("opponent"), judged.get("comparer"))
         self.live = LiveEvaluation(config, crew, PROMPTS, judging, self.listener)
         self.evaluator = Evaluator(config, crew, PROMPTS, judging)
         self.sampling_needs_installs = config.deterministic
@@ -340,22 +348,49 @@ def test_scorer_that_dies_over_an_evaluation_is_replaced_and_asked_again() -> No
     run(story())
 
 
-@pytest.mark.parametrize(("decides", "share"), [("metric", 0.5), ("reward", 0.0)])
-def test_win_rate_is_decided_by_metric_or_reward(decides: str, share: float) -> None:
-    """Scores 0..6 against 0, 0, 2, 2, 6, 6, 6: ties at 0, 2, 6; wins at 1, 3; losses at 4, 5.
-
-    Rewards 0..-6 against 0: a tie, else losses.
-    """
+def test_higher_metric_wins_where_the_metric_decides() -> None:
+    """Scores 0..6 against 0, 0, 2, 2, 6, 6, 6: ties at 0, 2, 6; wins at 1, 3; losses at 4, 5."""
 
     async def story() -> None:
         opponent = Opponent(name="m", completions=("0", "0", "2", "2", "6", "6", "6"))
-        theatre = Theatre(f"evaluation.winrate={decides}", opponent=opponent)
+        theatre = Theatre("evaluation.winrate=metric", opponent=opponent)
 
         findings = await theatre.evaluate()
 
-        outcomes = [sample.outcome for sample in findings.greedy.samples]
-        expected = [0.5, 1.0, 0.5, 1.0, 0.0, 0.0, 0.5] if decides == "metric" else [0.5, *[share] * 6]
-        assert outcomes == expected and findings.opponent == "m" and findings.problem == ""
+        assert [sample.outcome for sample in findings.greedy.samples] == [0.5, 1.0, 0.5, 1.0, 0.0, 0.0, 0.5]
+        assert findings.opponent == "m" and findings.problem == ""
+        assert {sample.reward for sample in findings.greedy.samples} == {None}, "training goes by the metric itself"
+
+    run(story())
+
+
+def test_higher_reward_wins_where_the_reward_decides_and_every_completion_is_rated() -> None:
+    """The reward is the negative of the number: 0, -1, .. -6 against -3 each."""
+
+    async def story() -> None:
+        opponent = Opponent(name="m", completions=tuple("3" * NUM_PROMPTS))
+        theatre = Theatre("evaluation.winrate=reward", "evaluation.sampled=true", opponent=opponent, reward="other")
+
+        findings = await theatre.evaluate()
+
+        assert [sample.outcome for sample in findings.greedy.samples] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
+        assert findings.sampled is not None
+        for part in (findings.greedy, findings.sampled):
+            assert [sample.reward for sample in part.samples] == [-float(number) for number in range(NUM_PROMPTS)]
+
+    run(story())
+
+
+def test_reward_that_cannot_be_had_leaves_the_metric_and_says_why() -> None:
+    async def story() -> None:
+        judge = Judge()
+        judge.rate_error = RewardLostError("the reward model's server is down")
+        theatre = Theatre("evaluation.winrate=reward", scorers=[judge], reward="other", opponent=Opponent(name="m", completions=("0",) * 7))
+
+        findings = await theatre.evaluate()
+
+        assert findings.problem == "the reward model's server is down" and findings.greedy.accuracy == 3.0
+        assert {(sample.reward, sample.outcome) for sample in findings.greedy.samples} == {(None, None)}
 
     run(story())
 

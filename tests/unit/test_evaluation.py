@@ -79,12 +79,14 @@ def test_win_rate_of_a_policy_against_itself_is_even_and_turns_around_with_the_s
     assert win_rate(by_score(own, theirs)).share == 1 - win_rate(by_score(theirs, own)).share == 0.625
 
 
-def test_scores_or_rewards_decide_and_prompts_that_the_opponent_was_not_asked_stay_undecided() -> None:
-    samples = [sample(1.0, reward=-1.0), sample(0.0, reward=5.0), sample(1.0, reward=0.0)]
-    completions, grades = ["a", "b", None], [(0.0, 0.0), (0.0, 9.0), (0.0, 0.0)]
+def test_prompts_that_the_opponent_was_not_asked_stay_undecided() -> None:
+    assert outcomes_by_score([1.0, 0.0, 1.0], [0.0, 0.0, 0.0], ["a", "b", None]) == [1.0, 0.5, None]
 
-    assert outcomes_by_score(samples, completions, grades, by_reward=False) == [1.0, 0.5, None]
-    assert outcomes_by_score(samples, completions, grades, by_reward=True) == [0.0, 0.0, None]
+
+def test_judge_that_is_torn_between_its_two_answers_wins_or_loses_by_the_greater_part() -> None:
+    found = win_rate([0.75, 0.25, 0.75, 0.5])
+
+    assert (found.share, found.wins, found.ties, found.losses) == (0.5625, 2, 1, 1)
 
 
 def test_judge_sees_only_pairs_and_its_answers_go_to_their_prompts() -> None:
