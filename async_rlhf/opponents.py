@@ -61,18 +61,26 @@ def references(prompts: Sequence[Prompt]) -> Opponent:
     return Opponent(name=REFERENCES, completions=tuple(expected_of(prompt) for prompt in prompts))
 
 
-def with_absolute_against(config: Config) -> Config:
-    """The same opponent for whoever reads the config in another folder."""
-    against = config.evaluation.against
-    return replace(config, evaluation=replace(config.evaluation, against=str(Path(against).resolve()))) if against else config
+def with_absolute_paths(config: Config) -> Config:
+    """The same opponent, and the same judge's rubric, for whoever reads the config in another folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if path else ""
+
+    of = config.evaluation
+    judge = replace(of.judge, rubric=absolute(of.judge.rubric))
+    return replace(config, evaluation=replace(of, against=absolute(of.against), judge=judge))
 
 
 def check_opponent(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError unless everything is there that the win-rate asked for needs."""
     from async_rlhf.model_folders import check_model_folder
+    from async_rlhf.rewards.judge import check_judge
 
     if config.winrate == "off":
         return
+    if config.winrate == "judge":
+        check_judge("evaluation.judge", replace(config.judge, mode="pairwise"))
     if config.against:
         check_model_folder(Path(config.against))
     else:

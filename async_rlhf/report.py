@@ -13,7 +13,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation
 from async_rlhf.evaluation_log import LATEST, read_evaluation, read_evaluations
 from async_rlhf.intervals import mean_interval
-from async_rlhf.recorder import read_rows
+from async_rlhf.recorder import earlier_configs, read_rows
 from async_rlhf.report_curves import render_curves
 from async_rlhf.report_evaluations import render_evaluations
 from async_rlhf.report_samples import GRADED, changes, kinds_of, render_samples
@@ -73,6 +73,8 @@ class RunRecord:
     """At the start, and the newest since; None unless the run got through both."""
     findings: Sequence[Mapping[str, Any]]
     """The rows of evaluations.jsonl; none in a run that has none."""
+    earlier_configs: Mapping[int, str]
+    """Session -> the config that held until a resume changed it."""
 
     def configured(self, pattern: str) -> str | None:
         """What the first group of `pattern` finds in the config; None where it finds nothing."""
@@ -102,6 +104,7 @@ def _read_record(folder: Path) -> RunRecord:
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
         evaluations=_before_and_after(folder),
         findings=read_evaluations(folder),
+        earlier_configs=earlier_configs(folder),
     )
 
 
@@ -113,7 +116,7 @@ def _before_and_after(folder: Path) -> tuple[Evaluation, Evaluation] | None:
 
 def _page(run: RunRecord) -> str:
     algorithm, bound = run.configured(ALGORITHM) or "algorithm not known", run.configured(BOUND)
-    config = SECRET.sub(r"\1(hidden)", run.config)
+    configs = [(f"The config until session {session} changed it", text) for session, text in run.earlier_configs.items()]
     parts = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">""",
@@ -123,10 +126,16 @@ def _page(run: RunRecord) -> str:
         f"<h2>Evaluations</h2>{render_evaluations(run.findings)}",
         f"<h2>Curves</h2>{render_curves(run.rows, int(bound) if bound else None)}",
         f"<h2>Completions</h2>{render_samples(run.evaluations)}",
-        f"<h2>Config</h2><details><summary>The resolved config (config.yaml)</summary><pre>{visible(config)}</pre></details>",
+        "<h2>Config</h2>",
+        *(_config(title, text) for title, text in [("The resolved config (config.yaml)", run.config), *configs]),
         "</main></body></html>\n",
     )
     return "\n".join(parts)
+
+
+def _config(title: str, text: str) -> str:
+    shown = visible(SECRET.sub(r"\1(hidden)", text))
+    return f"<details><summary>{title}</summary><pre>{shown}</pre></details>"
 
 
 def _header(run: RunRecord, algorithm: str) -> str:

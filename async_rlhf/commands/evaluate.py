@@ -21,7 +21,18 @@ from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, measure
 from async_rlhf.evaluation_log import read_evaluation
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.opponents import REFERENCES, Opponent, ask_model, held_out, opponent_of, outcomes_by_judge, outcomes_by_score, references
+from async_rlhf.opponents import (
+    REFERENCES,
+    Opponent,
+    ask_model,
+    check_opponent,
+    held_out,
+    opponent_of,
+    outcomes_by_judge,
+    outcomes_by_score,
+    references,
+    with_absolute_paths,
+)
 from async_rlhf.rewards import Reward, absolute_reward, load_reward, open_reward
 from async_rlhf.state import write_atomically
 from async_rlhf.tasks import load_task
@@ -93,6 +104,7 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
     subject = _resolve(model, words, wishes)
     config = subject.config
     prompts = held_out(config, subject.folder)
+    check_opponent(config.evaluation, prompts)
     opponent = _opponent(config, prompts, console)
     # Before the engine is imported: it reads them then.
     for name, value in ENVIRONMENT.items():
@@ -135,17 +147,13 @@ def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
 def _wished(config: Config, wishes: Wishes) -> Config:
     """The config with whom to compare, and who decides, as the command line has it."""
     evaluation = config.evaluation
-    if wishes.judge and not (evaluation.judge.url and evaluation.judge.model):
-        raise ConfigError("--judge needs evaluation.judge.url=... and evaluation.judge.model=...")
     if wishes.against:
-        against = "" if wishes.against == REFERENCES else str(Path(wishes.against).resolve())
+        against = "" if wishes.against == REFERENCES else wishes.against
         decides = evaluation.winrate if evaluation.winrate != "off" else "metric"
         evaluation = replace(evaluation, against=against, winrate=decides)
     if wishes.judge:
         evaluation = replace(evaluation, winrate="judge")
-    if evaluation.against:
-        check_model_folder(Path(evaluation.against))
-    return replace(config, evaluation=evaluation)
+    return with_absolute_paths(replace(config, evaluation=evaluation))
 
 
 def _check_same_tokens(policy: Path, reference: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from async_rlhf.config import Config, load_config
+from async_rlhf.config.rewards import JudgeConfig
 from async_rlhf.errors import ConfigError, RewardError, RunError
 from async_rlhf.evaluation import Evaluation, Findings, Sample, expected_of, headline, measure, pair_up
 from async_rlhf.evaluation_log import EvaluationLog, read_evaluation, read_evaluations, read_samples
@@ -32,7 +33,9 @@ from async_rlhf.opponents import (
 from async_rlhf.recorder import Recorder
 from async_rlhf.tasks.start import build_tokenizer
 from async_rlhf.types import Prompt
-from async_rlhf.winrate import by_score, win_rate
+from async_rlhf.winrate import by_score, load_comparer, win_rate
+from tests.support.http_server import free_port, serving
+from tests.unit.test_judge import prefers_longer
 
 
 def sample(score: float = 0.0, *, prompt: str = "1+1=", **changed: Any) -> Sample:
@@ -115,6 +118,23 @@ def test_judge_that_cannot_be_reached_is_named() -> None:
 
     with pytest.raises(RewardError, match="ConnectionError: nobody listens on port 8000"):
         outcomes_by_judge(judge, [prompt(0)], [sample()], ["x"])
+
+
+def test_win_rate_is_asked_of_a_real_endpoint_in_both_orders() -> None:
+    with serving(prefers_longer) as served:
+        judge = load_comparer(JudgeConfig(url=f"{served.url}/v1", model="wise"))
+        samples = [sample(completion="a long answer"), sample(completion="no"), sample(completion="same")]
+
+        outcomes = outcomes_by_judge(judge, [prompt(index) for index in range(3)], samples, ["short", "a long answer", "size"])
+
+    assert outcomes == [1.0, 0.0, 0.5] and len(served.requests) == 6
+
+
+def test_judge_that_is_not_there_is_refused_before_the_run_begins() -> None:
+    words = ["evaluation.winrate=judge", "evaluation.judge.model=wise", f"evaluation.judge.url=http://127.0.0.1:{free_port()}/v1"]
+
+    with pytest.raises(ConfigError, match=r"evaluation\.judge"):
+        check_opponent(load_config(overrides=words).config.evaluation, [prompt(0, answer="7")])
 
 
 # Opponents.

@@ -15,7 +15,7 @@ import pytest
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.evaluation_log import write_samples
-from async_rlhf.recorder import write_summary
+from async_rlhf.recorder import keep_config, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.report_curves import CURVES, MAX_POINTS, running_mean, thin
 from async_rlhf.report_samples import MAX_SAMPLES
@@ -389,6 +389,24 @@ def test_variable_named_like_a_secret_loses_its_value(tmp_path: Path) -> None:
 
     assert "HF_TOKEN: (hidden)" in text and "hf_abc" not in text
     assert "NCCL_DEBUG: INFO" in text
+
+
+def test_configs_that_a_resume_changed_stay_to_be_read_without_their_secrets(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, config="updates: 4\nenv:\n  HF_TOKEN: hf_old\n")
+    for session in (2, 10):
+        keep_config(folder, session)
+        (folder / "config.yaml").write_text(f"updates: {session}0\n")
+
+    text = page_of(folder)
+
+    titles = re.findall(r"<summary>(The [^<]*)</summary>", text)
+    assert titles == [
+        "The resolved config (config.yaml)",
+        "The config until session 2 changed it",
+        "The config until session 10 changed it",
+    ]
+    assert text.index("updates: 100") < text.index("updates: 4\n") < text.index("updates: 20\n")
+    assert "hf_old" not in text and "HF_TOKEN: (hidden)" in text
 
 
 # Sizes
