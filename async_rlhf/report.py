@@ -50,8 +50,8 @@ figcaption, .legend { font-size: 13.5px; } .legend { display: flex; flex-wrap: w
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
 .samples td, pre { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .samples .fold summary { list-style: none; } .fold summary::after { content: " ... more"; color: var(--first); }
-.fold[open] summary::after { content: ""; } .score { color: var(--muted);
-  border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
+.fold[open] summary::after { content: ""; } .score { display: block; width: fit-content;
+  margin-bottom: 3px; color: var(--muted); border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
 .numbers td, .numbers th { white-space: nowrap; } .scroll { overflow-x: auto; }
 figure, tr { break-inside: avoid; } summary { cursor: pointer; }
 @media (max-width: 760px) { .pair, .curves { grid-template-columns: minmax(0, 1fr); } }
@@ -183,7 +183,7 @@ def _comparison(run: RunRecord) -> str:
         kinds = [kind for kind, _, _ in changes(*run.evaluations)]
         better, worse, *_ = kinds_of(run.evaluations)
         label = "Right answers" if better == "fixed" else "Prompts"
-        changed = f"{kinds.count(better)} {better}<br>{kinds.count(worse)} {'newly ' if worse == 'broken' else ''}{worse}"
+        changed = f"{kinds.count(better)}&nbsp;{better}<br>{kinds.count(worse)}&nbsp;{'newly&nbsp;' if worse == 'broken' else ''}{worse}"
         body.append(table_row(f"{label}<br>95 % interval", *map(_right, run.evaluations), changed))
     for label, key in (
         ("Batch reward", "reward/mean"),

@@ -283,6 +283,8 @@ def test_line_on_the_screen_says_what_was_asked_and_what_came_of_it() -> None:
 
     assert line.startswith("evaluation at version 40 (greedy, 2 held-out problems, versions 40-42): 0.500, 95 % 0.095 to 0.905")
     assert "win-rate against references 0.750 (0.500 to 1.000)" in line
+    graded = findings(0, sample(0.25), stage="final")
+    assert headline(graded, measure(graded, None)).startswith("final score (greedy, 1 held-out problems, version 0): 0.250")
     failed = findings(0, stage="start", problem="the judge failed: gone")
     assert headline(failed, measure(failed, None)).startswith("start accuracy (greedy, 1 held-out problems, version 0): 0.000")
     assert headline(failed, measure(failed, None)).endswith("no win-rate: the judge failed: gone")
