@@ -12,9 +12,7 @@ from async_rlhf.config import Config, to_yaml
 from async_rlhf.config.prompts import EvaluationConfig
 from async_rlhf.errors import ConfigError, RewardError, RunError
 from async_rlhf.evaluation import Sample, expected_of
-from async_rlhf.prompts import encode_problem, load_encode
 from async_rlhf.state import write_atomically
-from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt
 from async_rlhf.winrate import LOSS, WIN, Comparer, by_score
 
@@ -31,19 +29,6 @@ class Opponent:
     """`references`, or a model folder."""
     completions: tuple[str | None, ...]
     """One per held-out prompt, in their order; None: it was not asked this one (its tokenizer makes the prompt too long)."""
-
-
-def held_out(config: Config, model_folder: Path) -> list[Prompt]:
-    """The prompts of an evaluation, as the policy of `model_folder` reads them.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    encode = load_encode(model_folder)
-    prompts = [encode_problem(problem, encode) for problem in load_task(config.task).held_out()]
-    if not prompts:
-        raise ConfigError("there is no held-out prompt to evaluate with; keep some (task.held_out, prompts.held_out, evaluation.sources)")
-    return prompts[: config.evaluation.num_prompts or None]
 
 
 def references(prompts: Sequence[Prompt]) -> Opponent:

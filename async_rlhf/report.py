@@ -215,7 +215,7 @@ def _numbers(run: RunRecord) -> str:
         table_row("Largest staleness trained", largest),
         table_row("Generators idle", known(summary.get("generator_idle_share"), ".1%")),
         table_row("Learner idle", known(summary.get("learner_idle_share"), ".1%")),
-        table_row("Dropped groups", _dropped(summary.get("dropped"))),
+        *(table_row(label, _dropped(summary.get(key))) for label, key in (("Dropped groups", "dropped"), ("Skipped rows", "skipped_rows"))),
     ]
     return f"<table><tbody>{''.join(body)}</tbody></table>"
 

@@ -23,7 +23,6 @@ from async_rlhf.opponents import (
     ask_model,
     check_opponent,
     find_opponent,
-    held_out,
     opponent_of,
     outcomes_by_judge,
     outcomes_by_score,
@@ -31,7 +30,6 @@ from async_rlhf.opponents import (
     sample_opponent,
 )
 from async_rlhf.recorder import Recorder
-from async_rlhf.tasks.start import build_tokenizer
 from async_rlhf.types import Prompt
 from async_rlhf.winrate import by_score, load_comparer, win_rate
 from tests.support.http_server import free_port, serving
@@ -171,20 +169,6 @@ def test_opponent_that_is_no_model_folder_is_refused(tmp_path: Path) -> None:
 def test_settings_of_a_win_rate_that_cannot_be_are_refused(words: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(overrides=words)
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> Path:
-    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
-
-
-def test_held_out_prompts_are_the_first_ones_of_the_task(tokenizer_folder: Path) -> None:
-    def prompts(*words: str) -> list[str]:
-        return [each.prompt_id for each in held_out(load_config(overrides=["task.held_out=30", *words]).config, tokenizer_folder)]
-
-    assert len(prompts()) == 30
-    assert prompts("evaluation.num_prompts=4") == prompts()[:4]
 
 
 def against(model: Path) -> Config:
