@@ -67,7 +67,10 @@ def check_opponent(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
     if config.winrate == "judge":
         check_judge("evaluation.judge", replace(config.judge, mode="pairwise"))
     if config.against:
-        check_model_folder(Path(config.against))
+        try:
+            check_model_folder(Path(config.against))
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.against {config.against} cannot be asked: {error}") from None
     else:
         references(prompts)
 

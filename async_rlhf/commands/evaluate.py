@@ -139,7 +139,7 @@ def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
         (reward, metric), reference = reward_and_metric(config), None
     reference = None if wishes.greedy else wishes.reference or reference
     if reference is not None:
-        check_model_folder(reference)
+        _check_reference(reference)
         _check_same_tokens(folder, reference)
     start = read_evaluation(model, "start") if of_run else None
     return Subject(folder=folder, config=config, metric=metric, reward=reward, reference=reference, start=start)
@@ -155,6 +155,13 @@ def _wished(config: Config, wishes: Wishes) -> Config:
     if wishes.judge:
         evaluation = replace(evaluation, winrate="judge")
     return with_absolute_paths(replace(config, evaluation=evaluation))
+
+
+def _check_reference(reference: Path) -> None:
+    try:
+        check_model_folder(reference)
+    except ConfigError as error:
+        raise ConfigError(f"the reference {reference} cannot be used: {error}") from None
 
 
 def _check_same_tokens(policy: Path, reference: Path) -> None:
