@@ -32,9 +32,19 @@ class RunPlan:
     """False: the start was evaluated by an earlier driver."""
 
     @property
+    def separate_reward(self) -> bool:
+        """Whether training goes by anything else than what evaluations measure."""
+        return is_separate(self.config, self.reward, self.metric)
+
+    @property
     def run_id(self) -> str:
         """Names the run in its state, its summary and Ray's namespace."""
         return self.run_folder.name
+
+
+def is_separate(config: Config, reward: str, metric: str) -> bool:
+    """Whether a reward is anything else than the metric; both as import paths, see RunPlan."""
+    return bool(metric) and (bool(config.reward.parts) or reward != metric)
 
 
 def reward_and_metric(config: Config) -> tuple[str, str]:

@@ -16,8 +16,9 @@ from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.prompts import absolute_sources, check_prompts
-from async_rlhf.recorder import HIDDEN, without_secrets
+from async_rlhf.opponents import check_opponent, with_absolute_paths
+from async_rlhf.prompts import absolute_sources, check_prompts, held_out_prompts
+from async_rlhf.recorder import HIDDEN, keep_config, without_secrets
 from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
@@ -72,13 +73,17 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         reward = absolute_reward(config.reward.function) or origin["metric"]
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
-    config = absolute_sources(config)
+    config = with_absolute_paths(absolute_sources(config))
     check_prompts(config, model_folder)
+    check_opponent(config.evaluation, held_out_prompts(config, model_folder))
     undo = any(_changes_training(change) for change in changed)
     at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
     _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
     if undo:
         _say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
+    session = state.session + 1 if state is not None else 0
+    if changed:
+        keep_config(folder, session)
     write_atomically(folder / "config.yaml", to_yaml(without_secrets(config)))
     plan = RunPlan(
         config=config,
@@ -86,7 +91,7 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         model_folder=model_folder,
         reward=reward,
         metric=origin["metric"],
-        session=state.session + 1 if state is not None else 0,
+        session=session,
         checkpoint=checkpoint,
         undo=undo,
         evaluate_start=not (folder / "samples.json").is_file(),

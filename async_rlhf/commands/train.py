@@ -12,7 +12,8 @@ from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.errors import ConfigError
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
-from async_rlhf.prompts import absolute_sources, check_prompts
+from async_rlhf.opponents import check_opponent, with_absolute_paths
+from async_rlhf.prompts import absolute_sources, check_prompts, held_out_prompts
 from async_rlhf.recorder import make_run_folder, write_origin
 from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
@@ -43,6 +44,8 @@ def run_train(config: Config, console: Console) -> int:
     check_prompts(config, model_folder)
     if config.algorithm.ppo.critic.path:
         check_critic_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
+    config = with_absolute_paths(config)
+    check_opponent(config.evaluation, held_out_prompts(config, model_folder))
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     plan = RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=reward, metric=metric)
