@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError, RunError
-from async_rlhf.tasks import Task, load_task
+from async_rlhf.tasks import ExactTask, Task, load_task
 from async_rlhf.tasks.landing import LANDING_TOLERANCE, Exam, copy_weights, land
 from async_rlhf.tasks.start import build_policy, build_tokenizer
 
@@ -97,13 +97,14 @@ def train_start(config: Config, folder: Path, on_progress: Callable[[SFTProgress
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"the folder of a new start must not exist or be empty, got {folder}; delete it or name another folder")
     began = time.monotonic()
-    task, tokenizer = load_task(config.task), build_tokenizer()
+    task = load_task(config.task)
+    tokenizer = build_tokenizer(task.vocabulary)
     model = build_policy(config.model, tokenizer, config.sft.seed)
-    looks = _Looks(config, model, Exam(tokenizer, task.held_out()[:MAX_LOOK_PROBLEMS], task.max_answer_chars + 1), on_progress)
+    looks = _Looks(config, model, Exam(tokenizer, task.held_out()[:MAX_LOOK_PROBLEMS], task.max_answer_tokens + 1), on_progress)
     with _quiet_libraries():
         _train(config, model, tokenizer, _make_examples(config, task, tokenizer), looks)
         looks.land()
-        accuracy = Exam(tokenizer, task.held_out(), task.max_answer_chars + 1).accuracy(model)
+        accuracy = Exam(tokenizer, task.held_out(), task.max_answer_tokens + 1).accuracy(model)
         _check_accuracy(config, accuracy, looks)
         result = SFTResult(folder=folder, accuracy=accuracy, steps=looks.step, elapsed_s=time.monotonic() - began)
         _save(config, model, tokenizer, result)
@@ -162,7 +163,7 @@ def _make_examples(config: Config, task: Task, tokenizer: "PreTrainedTokenizerFa
     for index in range(task.num_problems):
         problem = task.problem(index)
         answer = str(problem.columns["answer"])
-        if rng.random() < config.sft.wrong_share:
+        if isinstance(task, ExactTask) and rng.random() < config.sft.wrong_share:
             answer = task.careless_answer(problem, rng)
         prompt_ids = tokenizer.encode(problem.text)
         completion_ids = [*tokenizer.encode(answer), cast(int, tokenizer.eos_token_id)]

@@ -41,6 +41,8 @@ class ModelConfig:
     num_heads: int = number(4, ge=1, le=256)
     intermediate_size: int = number(384, ge=16, le=65536)
     tie_embeddings: bool = False
+    initializer_range: float = number(0.02, gt=0.0, le=10.0)
+    """Standard deviation of the random weights before the supervised stage."""
 
 
 @dataclass(frozen=True)
