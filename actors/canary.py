@@ -36,6 +36,16 @@ def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def shapes_of_model(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of the folder's model: its files may have buffers too, and older names."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def check_room(shapes: Mapping[str, tuple[int, ...]], dtype: str, num_versions: int, store_bytes: float) -> None:
     """Raise ConfigError unless the versions kept take less than 80 % of a node's object store.
 

@@ -9,6 +9,7 @@ from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
 from actors.replay_queue import ReplayQueue
+from actors.reward import Rater
 from actors.scorer import Scorer
 from actors.supervision import Member, Supervisor
 from actors.training_state import TrainingStateStore
@@ -42,9 +43,14 @@ class Cast:
             of, args = config.scorer, (config, folder, plan.reward, plan.metric)
             return lambda name: ActorSpec(name=name, place=place, cls=Scorer, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
 
+        def rater(place: str) -> Callable[[str], ActorSpec]:
+            of, args = config.reward, (config, folder, plan.reward)
+            return lambda name: ActorSpec(name=name, place=place, cls=Rater, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
+
         queue_args = (config, folder, str(plan.run_folder), plan.session)
         self.generators = [Member(supervisor, name, generator(name)) for name in _numbered("generator", config.generator.count)]
         self.scorers = [Member(supervisor, name, scorer(name)) for name in _numbered("scorer", config.scorer.count)]
+        self.rewards = [Member(supervisor, name, rater(name)) for name in _numbered("reward", config.reward.count)]
         self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args))
         self.broadcaster = Member(
             supervisor,
@@ -60,7 +66,7 @@ class Cast:
     @property
     def members(self) -> Sequence[Member]:
         """All but the learner."""
-        return [*self.generators, *self.scorers, self.queue, self.broadcaster, self.state]
+        return [*self.generators, *self.scorers, *self.rewards, self.queue, self.broadcaster, self.state]
 
     async def start(self, checkpoint: Checkpoint | None, on_ready: Callable[[str], None]) -> tuple[Crew, int]:
         """Start all actors at once: each spends seconds on its imports. Returns the crew, and the learner's version.
@@ -85,6 +91,7 @@ class Cast:
             supervisor=self._supervisor,
             generators=self.generators,
             scorers=self.scorers,
+            rewards=self.rewards,
             queue=self.queue,
             broadcaster=self.broadcaster,
             learner=self.learner,

@@ -26,6 +26,8 @@ class Crew:
     queue: Member
     broadcaster: Member
     learner: LearnerClient
+    rewards: Sequence[Member] = ()
+    """Empty: the scorers compute the rewards themselves."""
     usage: dict[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     """By incarnation, cumulative; the dead ones stay."""
     installs: dict[str, InstallReport] = field(default_factory=dict[str, InstallReport])
@@ -40,8 +42,12 @@ class Crew:
     """The last version that was published, and the broadcaster that took it."""
     idle_scorers: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
     """Those of `scorers` that have nothing to do: each scores one call at a time, whichever is free."""
+    idle_rewards: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
+    """Those of `rewards`, likewise."""
 
     def __post_init__(self) -> None:
+        for reward in self.rewards:
+            self.idle_rewards.put_nowait(reward)
         for scorer in self.scorers:
             self.idle_scorers.put_nowait(scorer)
 

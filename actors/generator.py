@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_folder, tolerance_of
+from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_model, tolerance_of
 from actors.engine_loop import EngineLoop, EngineUsage
 from async_rlhf.config import Config
 from async_rlhf.errors import EngineError, WeightsError
@@ -35,7 +35,7 @@ class Generator:
         """
         self._config = config
         self._incarnation = incarnation
-        self._expected_shapes = shapes_of_folder(Path(model_folder))
+        self._expected_shapes = shapes_of_model(Path(model_folder))
         self._tolerance: float | None = None
         self._inflight: dict[str, Ticket] = {}
         self._answers: dict[str, tuple[Rollout, ...] | None] = {}

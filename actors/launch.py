@@ -268,6 +268,7 @@ def _local_cpus(config: Config) -> int:
     asked = (
         config.generator.count * config.generator.num_cpus
         + config.scorer.count * config.scorer.num_cpus
+        + config.reward.count * config.reward.num_cpus
         + config.learner.num_ranks * config.learner.num_cpus
     )
     return config.run.local_cpus or max(math.ceil(asked), os.cpu_count() or 1)
@@ -277,8 +278,8 @@ def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: st
     asked = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
     held = ", ".join(f"{there.get(kind, 0.0):g} {kind}" for kind in needed)
     return (
-        f"the run asks for {asked}, but the Ray cluster {verb} {held}; lower generator.count, learner.num_ranks, scorer.count or their "
-        "num_cpus / num_gpus, or add nodes"
+        f"the run asks for {asked}, but the Ray cluster {verb} {held}; lower generator.count, learner.num_ranks, scorer.count, "
+        "reward.count or their num_cpus / num_gpus, or add nodes"
     )
 
 

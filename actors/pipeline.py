@@ -7,14 +7,14 @@
 
 | loop    | takes                     | gives                          | waits for                     | unblocked by             |
 |---------|---------------------------|--------------------------------|-------------------------------|--------------------------|
-| produce | tickets from the queue,   | scored groups to the queue     | tickets, room in the engine   | installs, decisions,     |
-|         | versions to install       |                                |                               | finished completions     |
+| produce | tickets from the queue,   | scored groups to the queue,    | tickets, room in the engine,  | installs, decisions,     |
+|         | versions to install       | rated by reward actors if any  | idle scorers (and rewards)    | finished completions     |
 | train   | batches from the queue    | versions to the broadcaster    | B groups that may be a batch  | produce's puts           |
 
 | who dies         | who notices         | what happens                                                                                 |
 |------------------|---------------------|----------------------------------------------------------------------------------------------|
 | generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket       |
-| scorer           | the call that waits | the groups go to another one, one by one if the call held several                            |
+| scorer, reward   | the call that waits | the groups go to another one, one by one if the call held several                            |
 | queue, state,    | the call that waits | a new one goes on from the journal, from state.json, or empty; the call is made again        |
 | broadcaster      |                     |                                                                                              |
 | learner rank     | the train loop      | LearnerLostError: the group starts again from a checkpoint, and trains the same batches again |
@@ -225,20 +225,40 @@ async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config:
 
 
 async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:
-    """Score and put all groups, or the one of that index; returns why that failed, or nothing."""
-    scorer = await crew.idle_scorers.get()
-    actor = scorer.actor
-    try:
-        scored_ref = await actor.fetch("score", groups_ref, only, timeout_s=config.timeouts.score_s)
-    except LOST as error:
-        await scorer.replace(actor, error)
-        return f"the scorer died: {error}" if not isinstance(error, DeadlineError) else f"no score within {config.timeouts.score_s:g} s"
-    except (RewardError, ActorFailedError, ObjectLostError) as error:
-        return str(error)
-    finally:
-        crew.idle_scorers.put_nowait(scorer)
+    """Rate, score and put all groups, or the one of that index; returns why that failed, or nothing."""
+    limit = config.timeouts.score_s
+    rating: tuple[Any, ...] = ()
+    if crew.rewards:
+        rated, why = await _by_one_of(crew.idle_rewards, "rate", (groups_ref, only), limit)
+        if why:
+            return why
+        rating = (rated,)
+    scored_ref, why = await _by_one_of(crew.idle_scorers, "score", (groups_ref, only, *rating), limit)
+    if why:
+        return why
     try:
         await crew.queue.call("put", scored_ref, timeout_s=config.timeouts.call_s)
     except ObjectLostError as error:
         return str(error)
     return ""
+
+
+async def _by_one_of(idle: "asyncio.Queue[Member]", method: str, args: Sequence[Any], limit_s: float) -> tuple[Any, str]:
+    """Have the first idle member do it: the reference of what it made, or why there is none.
+
+    Raises:
+        RewardLostError: nobody could; no group is to blame. RestartLimitError: the members keep dying.
+    """
+    member = await idle.get()
+    actor = member.actor
+    try:
+        return await actor.fetch(method, *args, timeout_s=limit_s), ""
+    except LOST as error:
+        await member.replace(actor, error)
+        if isinstance(error, DeadlineError):
+            return None, f"no score within {limit_s:g} s"
+        return None, f"the {member.name.partition('-')[0]} died: {error}"
+    except (RewardError, ActorFailedError, ObjectLostError) as error:
+        return None, str(error)
+    finally:
+        idle.put_nowait(member)

@@ -78,7 +78,7 @@ class Run:
     async def execute(self) -> None:
         """Run to the end, or to the checkpoint at which it stops when asked to; the caller closes the cluster, whatever happens here."""
         crew, version = await self._start()
-        keepers = [member.keep() for member in (*self._cast.scorers, crew.queue, crew.broadcaster, self._cast.state)]
+        keepers = [member.keep() for member in (*self._cast.scorers, *self._cast.rewards, crew.queue, crew.broadcaster, self._cast.state)]
         producers = [produce(generator, crew, self._config) for generator in crew.generators]
         main = asyncio.ensure_future(self._train(crew, version))
         main.set_name("train")
@@ -89,7 +89,7 @@ class Run:
         config = self._config
         self._observer.stage(
             f"starting {config.generator.count} generator(s) ({config.generator.engine}), {config.learner.num_ranks} learner rank(s) "
-            f"(deepspeed), {config.scorer.count} scorer(s)"
+            f"(deepspeed), {config.scorer.count} scorer(s)" + (f", {config.reward.count} reward actor(s)" if config.reward.count else "")
         )
         crew, version = await self._cast.start(self._plan.checkpoint, lambda name: self._observer.stage(f"{name} is ready"))
         crew.stopping = self._stopping

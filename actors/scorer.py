@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from async_rlhf.config import Config
-from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.rewards import Rating, call_reward, load_reward, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
@@ -18,7 +18,7 @@ class Scorer:
         Raises:
             ConfigError: a path does not import.
         """
-        self._reward = load_reward(reward_path)
+        self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
         self._metric = load_reward(metric_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
@@ -28,17 +28,22 @@ class Scorer:
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
 
-    def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
+    def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, list[ScoredGroup]]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
 
+        Args:
+            rating: of their completions, where reward actors rate; None: the scorer's own reward does.
         Raises:
-            RewardError: the reward function broke its contract.
+            RewardError: no score for a completion. RewardLostError: whoever should answer cannot be reached.
         """
         groups = groups if only is None else groups[only : only + 1]
         prompts = [group.ticket.prompt for group in groups for _ in group.rollouts]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         texts = self._decode(rollouts)
-        scores = call_reward(self._reward, [p.text for p in prompts], texts, [p.columns for p in prompts])
+        if rating is None:
+            assert self._reward is not None, "where reward actors rate, their rating comes with the groups"
+            rating = self._reward.rate(prompts, texts)
+        scores = rating.scores
         if self._cut_score is not None:
             scores = penalise_cut(scores, [rollout.finish_reason for rollout in rollouts], self._cut_score)
         references = self._reference.logprobs(groups)
@@ -52,6 +57,7 @@ class Scorer:
                     scores=scores[start:end],
                     reference_logprobs=tuple(references[start:end]),
                     completions=tuple(texts[start:end]),
+                    reward_parts={name: part[start:end] for name, part in rating.parts.items()},
                 )
             )
             start = end

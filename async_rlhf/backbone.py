@@ -64,7 +64,7 @@ def check_backbone(model: PreTrainedModel, batching: Batching, max_model_len: in
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, batching: Batching) -> None:
-    """Compare the head's own output with the model's logits.
+    """Compare the head's own output, softly capped where the model says so, with the model's logits.
 
     Raises:
         ConfigError: the model does something to its logits after the head.
@@ -74,8 +74,18 @@ def check_head(model: PreTrainedModel, batching: Batching) -> None:
     states = cast(Any, model.base_model)(input_ids=ids, use_cache=False).last_hidden_state
     logits = cast(Any, model)(input_ids=ids, use_cache=False).logits
     model.set_attn_implementation(ATTENTION[batching])
-    if not _equal(cast(Any, model.get_output_embeddings())(states), logits):
-        raise ConfigError(f"{name} changes its logits after the head (soft caps, scales), which is not supported; choose another model")
+    if not _equal(soft_capped(cast(Any, model.get_output_embeddings())(states), softcap_of(model)), logits):
+        raise ConfigError(f"{name} changes its logits after the head (scales), which is not supported; choose another model")
+
+
+def softcap_of(model: PreTrainedModel) -> float | None:
+    """The bound that an architecture puts on its logits; None: there is none."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), as Gemma does."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _texts(model: PreTrainedModel) -> list[Tensor]:

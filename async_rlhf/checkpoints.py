@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from async_rlhf.errors import ConfigError
+from async_rlhf.files import sync_folder
 from async_rlhf.journal import Mark
 from async_rlhf.state import TrainingState, state_from_json
 
@@ -57,11 +58,7 @@ def commit(folder: Path, state: TrainingState, mark: Mark, files: Mapping[str, t
     entries = {name: {"bytes": size, "crc32": checksum} for name, (size, checksum) in sorted(written.items())}
     _write(folder / COMMIT, json.dumps({"version": state.version, "files": entries}, indent=1))
     for path in (folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(path)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -76,6 +76,20 @@ def evaluate(
     run_evaluate(model, words or [], Console())
 
 
+@app.command(name="export")
+def export_(
+    run: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export/VERSION.")] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Version; default: the finished model, else the newest checkpoint.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapters of a LoRA run alone, for PEFT.")] = False,
+) -> None:
+    """Write a policy as a Hugging Face folder, also from a checkpoint of a run that goes on."""
+    from async_rlhf.commands.export import run_export
+
+    _require_application()
+    run_export(run, out, checkpoint, adapter, Console())
+
+
 @app.command()
 def status(run: Folder) -> None:
     """Where a run stands: from its TrainingState actor while it lives, else from its folder."""

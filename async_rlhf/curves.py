@@ -1,7 +1,14 @@
-"""What the report draws: one table of curves."""
+"""What the report draws: one table of curves, and one curve per part of the reward."""
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from async_rlhf.metrics import PART
+
+PART_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(?:\.cut)?")
+"""What a part of the reward may be called: anything else in metrics.jsonl was not written by a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +180,26 @@ CURVES = (
         only_where_measured=True,
     ),
 )
+
+
+def part_curves(rows: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
+    """One curve per part of the reward that any of the rows has; shares of cut texts that stay 0 are left out."""
+    keys = sorted({key for row in rows for key in row if key.startswith(PART) and PART_NAME.fullmatch(key.removeprefix(PART))})
+    return tuple(_part_curve(key) for key in keys if not key.endswith(".cut") or any(row.get(key) for row in rows))
+
+
+def _part_curve(key: str) -> Curve:
+    name = key.removeprefix(PART)
+    cut = name.endswith(".cut")
+    return Curve(
+        name=f"part-{name.replace('.', '-')}",
+        title=f"Reward part {name}",
+        y_label="share of completions, %" if cut else "score per completion, unweighted",
+        caption="Texts longer than the reward model reads: their beginning was left out."
+        if cut
+        else "The batch's mean before its weight: a part that rises alone, while the others fall, is being gamed.",
+        signed=not cut,
+        percent=cut,
+        lines=(Line(key, "batch mean"),),
+        smoothed=not cut,
+    )

@@ -14,6 +14,7 @@
         |-- ObjectLostError    what one process handed to another is gone with its owner or its node
         |-- LearnerLostError   the learner group lost a rank, and with it what it had not saved
         |-- RestartLimitError  an actor keeps failing
+        |-- RewardLostError    the service that scores cannot be reached
         |-- HeadLostError      Ray itself is gone
         `-- JournalError       the journal is damaged, cannot be written, or is not the one that was expected
             `-- JournalLockedError    another process writes it
@@ -76,6 +77,10 @@ class LearnerLostError(RunError):
 
 class RestartLimitError(RunError):
     """An actor failed more often than `supervision.max_restarts` allows."""
+
+
+class RewardLostError(RunError):
+    """A service that scores completions cannot be reached, or serves nobody: it is at fault, and no completion."""
 
 
 class HeadLostError(RunError):

@@ -7,14 +7,13 @@ A record survives this process's death once `append` returns, and the machine's 
 """
 
 import errno
-import fcntl
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from async_rlhf.errors import JournalError, JournalLockedError
+from async_rlhf.files import lock_file, sync_folder
 from async_rlhf.journal_frames import (
     Frame,
     Mark,
@@ -31,7 +30,7 @@ from async_rlhf.journal_frames import (
     segment_paths,
 )
 
-__all__ = ["MAX_PAYLOAD_BYTES", "Frame", "Journal", "Mark", "Position", "check_mark", "read_frames", "sync_folder"]
+__all__ = ["MAX_PAYLOAD_BYTES", "Frame", "Journal", "Mark", "Position", "check_mark", "read_frames"]
 
 logger = logging.getLogger(__name__)
 
@@ -221,34 +220,15 @@ class Journal:
         return JournalError(f"cannot write the journal {self.folder}: {error}: mend the storage, {resume}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's list of names durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _lock(folder: Path) -> int:
-    """Hold the folder's lock, for as long as the returned file stays open: the kernel lets go of it with the process."""
     path = folder / "LOCK"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return lock_file(path)
     except BlockingIOError as error:
-        writer = os.read(handle, 200).decode(errors="replace") or "another process"
-        os.close(handle)
         raise JournalLockedError(
-            f"the journal {folder} must have one writer, got a second: {writer} holds {path}. "
+            f"the journal {folder} must have one writer, got a second: {error} holds {path}. "
             "That run still goes on: wait for it, or stop it"
         ) from error
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
 
 
 def _begin_segment(folder: Path, tip: Tip) -> tuple[int, Tip]:

@@ -84,6 +84,24 @@ METRICS: Mapping[str, Metric] = {
     "weights/canary_error_nats": Metric("mean", "largest canary error of the last installs"),
 }
 
+PART = "reward/part/"
+"""Begins the keys of the parts of a reward, whose names the user gives."""
+
+FAMILIES: Mapping[str, Metric] = {
+    PART: Metric("mean", "mean of one part of the reward over the batch's completions, before its weight; NAME.cut: share that was cut"),
+}
+"""Metrics whose last word is a name from the config: what their keys begin with."""
+
+
+def declaration(key: str) -> Metric:
+    """How a metric is declared, by its key or by its family.
+
+    Raises:
+        KeyError: it is not.
+    """
+    family = next((declared for prefix, declared in FAMILIES.items() if key.startswith(prefix) and key != prefix), None)
+    return family or METRICS[key]
+
 
 _REDUCE: Mapping[Reduction, Callable[[Sequence[float]], float]] = {
     "mean": lambda series: float(np.mean(series)),
@@ -108,11 +126,11 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One value per key over an update's optimizer steps, by its declared reduction.
 
     Raises:
-        KeyError: a key that METRICS does not declare.
+        KeyError: a key that is not declared.
     """
     keys = {key for step in steps for key in step}
     values = {key: [step[key] for step in steps if key in step] for key in sorted(keys)}
-    return {key: _REDUCE[METRICS[key].reduction](series) for key, series in values.items()}
+    return {key: _REDUCE[declaration(key).reduction](series) for key, series in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +175,7 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
             "reward/mean": float(np.concatenate(sampled_scores).mean() if sampled_scores else scores.mean()),
             "reward/batch_mean": float(scores.mean()),
             "reward/batch_std": float(scores.std()),
+            **_part_means(batch),
             "rollout/kl_k1_nats": float(np.mean(kl)),
             "rollout/length_tokens": float(lengths.mean()),
             "rollout/cut_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
@@ -166,3 +185,10 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
             "queue/batch_digest": float(zlib.crc32("\n".join(prompt_ids).encode())),
         },
     )
+
+
+def _part_means(batch: Batch) -> dict[str, float]:
+    """The mean of each part of the reward, over the completions that have it."""
+    names = dict.fromkeys(name for scored in batch.groups for name in scored.reward_parts)
+    of_groups = {name: [scored.reward_parts[name] for scored in batch.groups if name in scored.reward_parts] for name in names}
+    return {f"{PART}{name}": float(np.concatenate(values).mean(dtype=np.float64)) for name, values in of_groups.items()}

@@ -25,6 +25,7 @@ def check_model_folder(folder: Path) -> None:
             f"the tokenizer in {folder} has no end-of-sequence token (eos_token in tokenizer_config.json); "
             "completions could never end: set tokenizer.eos_token and save it again"
         )
+    _check_vocabulary(folder, settings)
 
 
 def check_critic_folder(folder: Path) -> None:
@@ -46,6 +47,35 @@ def check_critic_vocabulary(critic_folder: Path, policy_folder: Path) -> None:
         raise ConfigError(
             f"{_CRITIC} {critic_folder} reads another vocabulary ({sizes[0]} tokens) than the policy ({sizes[1]}); "
             "a critic reads the policy's own tokens: train it on the same tokenizer"
+        )
+
+
+def _check_vocabulary(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError unless the embedding has a row for every token that texts can bring.
+
+    Added special tokens that neither the chat template nor the tokenizer's settings name may go without: some families share one
+    tokenizer among models of which only some see images.
+    """
+    own = _read(folder / "config.json", "save_pretrained")
+    rows = own.get("vocab_size") or (own.get("text_config") or {}).get("vocab_size")
+    if not rows or not (folder / "tokenizer.json").is_file():
+        return
+    tokenizer = _read(folder / "tokenizer.json", "tokenizer.save_pretrained")
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {str(piece[0]): index for index, piece in enumerate(vocabulary)}
+    template = folder / "chat_template.jinja"
+    named = f"{json.dumps(settings)}{template.read_text(encoding='utf-8') if template.is_file() else ''}"
+    named = named.replace(json.dumps(settings.get("added_tokens_decoder")), "").replace(
+        json.dumps(settings.get("extra_special_tokens")), ""
+    )
+    for token in tokenizer.get("added_tokens") or ():
+        if not token.get("special") or token["content"] in named:
+            ids[token["content"]] = token["id"]
+    if ids and (largest := max(ids.items(), key=lambda entry: entry[1]))[1] >= rows:
+        raise ConfigError(
+            f"model.path {folder} must have a row of its embedding for every token, but it has {rows} rows and the tokenizer gives "
+            f"{largest[0]!r} the number {largest[1]}: they do not belong together; save the model's own tokenizer there, or enlarge the "
+            "embedding with model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -1,5 +1,6 @@
 """What a network says of completion tokens: their log-probabilities under a policy, their values under a critic."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
-from async_rlhf.backbone import ATTENTION, check_backbone, check_head, completion_states
+from async_rlhf.backbone import ATTENTION, check_backbone, check_head, completion_states, soft_capped, softcap_of
 from async_rlhf.batching import Batching, Microbatch
 from async_rlhf.errors import ConfigError
 
@@ -20,6 +21,9 @@ MAX_LOGITS_BYTES = 256 << 20
 
 VALUE_HEAD = "score.weight"
 """What a critic has and a policy has not."""
+
+Score = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""Hidden states, token ids and temperature to log-probabilities and entropies."""
 
 
 class CompletionScorer(nn.Module):
@@ -35,7 +39,7 @@ class CompletionScorer(nn.Module):
         self._chunk_tokens = max(1, max_logits_bytes // (4 * int(model.config.vocab_size)))
         # All chunks inside one call of the head: under ZeRO-3 every call is a collective, and ranks differ in their chunks.
         head = cast(nn.Linear, model.get_output_embeddings())
-        cast(Any, head).forward = partial(_score_in_chunks, head)
+        cast(Any, head).forward = partial(_score_in_chunks, partial(_score_tokens, head, softcap_of(model)))
 
     def forward(self, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
         """
@@ -146,20 +150,21 @@ def _refuse_missing(folder: Path, missing: set[str]) -> None:
         )
 
 
-def _score_in_chunks(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+def _score_in_chunks(score: Score, hidden: Tensor, ids: Tensor, temperature: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
     """[M] log-probability and entropy of M tokens from the states [M, H] before them; `head.forward`."""
     if len(ids) <= chunk_tokens:
-        return _score_tokens(head, hidden, ids, temperature)
+        return score(hidden, ids, temperature)
     chunks = [
-        cast(tuple[Tensor, Tensor], checkpoint(_score_tokens, head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False))
+        cast(tuple[Tensor, Tensor], checkpoint(score, *chunk, temperature, use_reentrant=False, preserve_rng_state=False))
         for chunk in zip(hidden.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     ]
     logprobs, entropy = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
 
-def _score_tokens(head: nn.Linear, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_distribution = (linear(hidden, head.weight, head.bias).float() / temperature).log_softmax(-1)
+def _score_tokens(head: nn.Linear, softcap: float | None, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = soft_capped(linear(hidden, head.weight, head.bias), softcap).float()
+    log_distribution = (logits / temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(log_distribution.exp() * log_distribution).sum(-1)
     return log_distribution.gather(-1, ids[:, None]).squeeze(-1), entropy

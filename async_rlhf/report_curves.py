@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from async_rlhf.curves import CURVES, Curve, Line
+from async_rlhf.curves import CURVES, Curve, Line, part_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ COLOURS = {"first": "#010101", "second": "#020202", "muted": "#030303", "grid": 
 
 
 def render_curves(rows: Sequence[Row], bound: int | None) -> str:
-    """All CURVES as HTML figures with inline SVG; one sentence where there is nothing to draw.
+    """All CURVES, and the parts of the reward, as HTML figures with inline SVG; one sentence where there is nothing to draw.
 
     Args:
         rows: one per update, in order.
@@ -46,7 +46,7 @@ def render_curves(rows: Sequence[Row], bound: int | None) -> str:
         return '<p class="note">no updates yet</p>'
     measured = {key for row in rows for key in row}
     shown = [curve for curve in CURVES if not curve.only_where_measured or measured & {line.key for line in curve.lines}]
-    figures = "".join(_figure(curve, rows, bound) for curve in shown)
+    figures = "".join(_figure(curve, rows, bound) for curve in (*shown, *part_curves(rows)))
     return f'<div class="curves">{figures}</div>{_notes(rows)}'
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from async_rlhf.errors import JournalError
-from async_rlhf.journal import sync_folder
+from async_rlhf.files import sync_folder
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
 
 SCHEMA: pa.Schema = pa.schema(

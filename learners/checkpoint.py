@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, RunError
-from learners.engine_state import MASTER, MOMENTS
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of gradient and squared gradient, by torch's names."""
 
 FORMAT = 1
 """Raised when older code could not read the files any more."""
@@ -48,6 +52,8 @@ class LearnerFacts:
     optimizer_steps: int
     model_steps: dict[str, int]
     """Model (`policy`, `critic`) -> optimizer steps behind it."""
+    lora: dict[str, Any] = field(default_factory=lambda: asdict(LoraConfig()))
+    """The adapters that were trained, as `learner.lora`; with rank 0 the policy's own weights were."""
 
 
 Content = Mapping[str, Tensor] | Mapping[str, Any]
@@ -216,11 +222,16 @@ class SavedLearner:
         except TypeError as error:
             raise ConfigError(f"{path} is damaged: {error}; resume from another checkpoint") from error
 
-    def check_models(self, models: Collection[str]) -> None:
+    def check_models(self, models: Collection[str], lora: LoraConfig) -> None:
         """
         Raises:
-            ConfigError: it was not written for these models.
+            ConfigError: it was not written for these models, or for other adapters.
         """
+        if asdict(lora) != self.facts.lora:
+            raise ConfigError(
+                f"{self._folder / FACTS_NAME}: the checkpoint was written with learner.lora {self.facts.lora}, but is to be read with "
+                f"{asdict(lora)}; resume with the same adapters (or start a new run from the exported model)"
+            )
         if set(models) != set(self.facts.model_steps):
             raise ConfigError(
                 f"{self._folder / FACTS_NAME}: the checkpoint holds {' and '.join(self.facts.model_steps)}, but algorithm.name trains "

@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from async_rlhf.batching import Unit
 from async_rlhf.config import Config
+from async_rlhf.export import save_tokenizer
+from async_rlhf.files import whole_folder
 from async_rlhf.policy import make_value_scorer
 from learners.collective import sum_over_ranks
 from learners.engine import DTYPES, make_engine, model_of
@@ -23,6 +25,7 @@ class Critic:
         """Start from `algorithm.ppo.critic.path`, or from the policy with a value head of zeros."""
         own, settings = config.algorithm.ppo.critic, config.learner
         folder = Path(own.path) if own.path else policy_folder
+        self._tokenizer_folder = policy_folder
         scorer = make_value_scorer(folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
         engine = make_engine(scorer, settings, own.learning_rate, config.optimizer_steps)
         self.model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate")
@@ -44,8 +47,10 @@ class Critic:
         return metrics
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a sequence-classification folder, which `algorithm.ppo.critic.path` loads again."""
+        """Write a sequence-classification folder with the policy's tokenizer, which `algorithm.ppo.critic.path` loads again."""
         model = model_of(self.model.engine)
         weights = full_state_dict(model, keep=dist.get_rank() == 0)
         if dist.get_rank() == 0:
-            model.save_pretrained(folder, state_dict=weights)
+            with whole_folder(folder, replace=True) as made:
+                model.save_pretrained(made, state_dict=weights)
+                save_tokenizer(self._tokenizer_folder, made)

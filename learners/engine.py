@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel
 
+from async_rlhf.adapters import trained_parameters
 from async_rlhf.config.schema import LearnerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +46,7 @@ def join_process_group(*, rank: int, world_size: int, address: str, port: int, t
 def make_engine(module: nn.Module, settings: LearnerConfig, learning_rate: float, num_steps: int) -> Engine:
     """A DeepSpeed engine around a scorer, with AdamW and the schedule over `num_steps` optimizer steps."""
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [parameter for _, parameter in trained_parameters(module)],
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,

@@ -1,8 +1,9 @@
 """An engine's state by parameter, whatever its ZeRO stage and number of ranks: out of the engine, and into it.
 
-Of every parameter three full fp32 tensors: `master/NAME`, the weight that is trained, and Adam's `exp_avg/NAME` and `exp_avg_sq/NAME`;
-NAME is that of the Hugging Face state dict, tied parameters come once. All else follows from the number of optimizer steps:
-Adam's bias correction, the learning rate, DeepSpeed's own counters. Every function is called by all ranks at once.
+Of every parameter that is trained, which with adapters is theirs alone, three full fp32 tensors: `master/NAME`, the weight, and Adam's
+`exp_avg/NAME` and `exp_avg_sq/NAME`; NAME is that of the Hugging Face model, tied parameters come once. All else follows from the
+number of optimizer steps: Adam's bias correction, the learning rate, DeepSpeed's own counters. Every function is called by all ranks
+at once.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from async_rlhf.adapters import trained_parameters
+from learners.checkpoint import MASTER, MOMENTS
 from learners.engine import Engine, model_of
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's running means of gradient and squared gradient, by torch's names."""
 
 
 def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """The full shape of every parameter, by name, in layer order."""
-    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model_of(engine).named_parameters()}
+    """The full shape of every trained parameter, by name, in layer order."""
+    return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained_parameters(model_of(engine))}
 
 
 def capture(engine: Engine, num_steps: int) -> dict[str, Tensor]:
@@ -43,7 +42,7 @@ def capture(engine: Engine, num_steps: int) -> dict[str, Tensor]:
     steps = {int(state["step"]) for state in engine.basic_optimizer.state.values() if num_steps}
     assert steps <= {num_steps}, f"Adam counts {steps} steps, the model {num_steps}"
     captured: dict[str, Tensor] = {}
-    for name, parameter in model_of(engine).named_parameters():
+    for name, parameter in trained_parameters(model_of(engine)):
         keeper = shares.index(min(shares))
         shares[keeper] += getattr(parameter, "ds_numel", parameter.numel())
         for kind in (MASTER, *MOMENTS):
@@ -62,7 +61,7 @@ def restore(engine: Engine, read: Callable[[str], Tensor], num_steps: int, idle_
         num_steps: optimizer steps behind the state.
         idle_step: an optimizer step of the engine with zero gradients; the learning rate is 0 while it runs.
     """
-    parameters = list(model_of(engine).named_parameters())
+    parameters = list(trained_parameters(model_of(engine)))
     for name, parameter in parameters:
         _set(engine, parameter, MASTER, read(f"{MASTER}/{name}"))
     for group in engine.basic_optimizer.param_groups:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, GenerationConfig
 
+from async_rlhf.adapters import add_adapters
 from async_rlhf.batching import Microbatch, Unit, with_proximal
 from async_rlhf.config import Config
+from async_rlhf.export import save_policy
+from async_rlhf.files import whole_folder
 from async_rlhf.losses.base import LossOutput, Mean, Peak, kl_metrics, mean_of
 from async_rlhf.losses.correction import mismatch_metrics
 from async_rlhf.metrics import derive, over_steps
@@ -38,6 +40,7 @@ class Learner:
         self._objective = make_objective(config)
         settings = config.learner
         scorer = make_scorer(model_folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
+        add_adapters(scorer.model, settings.lora, config.seed)
         engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
         self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate")
         self._critic = None if self._objective.critic is None else Critic(config, model_folder, self._objective.critic)
@@ -85,19 +88,14 @@ class Learner:
         )
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the policy, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""
+        """Write the policy, adapters merged, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""
         model = model_of(self._policy.engine)
         weights = full_state_dict(model, keep=dist.get_rank() == 0)
         if dist.get_rank() == 0:
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-            model.generation_config.update(do_sample=True, temperature=self._config.generator.temperature)
-            model.save_pretrained(folder, state_dict=weights)
-            self._save_tokenizer(folder)
+            with whole_folder(folder, replace=True) as made:
+                save_policy(model, weights, made, start=self._folder, temperature=self._config.generator.temperature)
         if self._critic is not None:
-            critic_folder = folder.with_name(f"{folder.name}-critic")
-            self._critic.save_pretrained(critic_folder)
-            if dist.get_rank() == 0:
-                self._save_tokenizer(critic_folder)
+            self._critic.save_pretrained(folder.with_name(f"{folder.name}-critic"))
 
     def save(self, folder: Path, version: int) -> None:
         """Copy the whole state to the CPU, each rank its share, and begin to write it; `saved` waits for the files.
@@ -120,6 +118,7 @@ class Learner:
                 zero_stage=self._config.learner.zero_stage,
                 precision=self._config.learner.precision,
                 optimizer_steps=self._optimizer_steps,
+                lora=asdict(self._config.learner.lora),
                 model_steps={name: model.num_steps for name, model in self._models.items()},
             )
             files[FACTS_NAME] = asdict(facts)
@@ -142,7 +141,7 @@ class Learner:
             ConfigError: the checkpoint is incomplete, damaged, or of another model or algorithm. Nothing was changed.
         """
         saved = SavedLearner(folder)
-        saved.check_models(self._models)
+        saved.check_models(self._models, self._config.learner.lora)
         opened = {name: saved.model(name, model.shapes) for name, model in self._models.items()}
         randomness = saved.random_state(dist.get_rank())
         for name, model in self._models.items():
@@ -150,9 +149,6 @@ class Learner:
         self._optimizer_steps = saved.facts.optimizer_steps
         set_random_state(randomness)
         return saved.facts.version
-
-    def _save_tokenizer(self, folder: Path) -> None:
-        AutoTokenizer.from_pretrained(self._folder).save_pretrained(folder)
 
     def _prepare(self, units: list[list[Unit]]) -> tuple[list[list[Unit]], list[dict[str, float]]]:
         """What is computed once, when the batch arrives: `proximal` where it will differ from the policy, the critic's advantages."""

@@ -1,10 +1,12 @@
-"""Gather the policy from its ranks: under ZeRO-3 every rank holds a part of every parameter."""
+"""Gather the policy from its ranks, adapters merged: under ZeRO-3 every rank holds a part of every parameter."""
 
 from collections.abc import Iterator
 
 import deepspeed
+import torch
 from torch import Tensor, nn
 
+from async_rlhf.adapters import Part, parts
 from async_rlhf.snapshot import make_snapshot
 from async_rlhf.types import WeightsVersion
 
@@ -30,23 +32,29 @@ def snapshot(
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Every parameter by name, on the CPU, in its own dtype; empty where keep is False. A collective call under ZeRO-3."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in gathered(model) if keep}
+    return {name: tensor.detach().to("cpu", model_dtype(model), copy=True) for name, tensor in gathered(model) if keep}
 
 
-def gathered(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter with its full value, in layer order. Use each before asking for the next."""
-    bucket: list[tuple[str, nn.Parameter]] = []
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Of its parameters, which share one."""
+    return next(model.parameters()).dtype
+
+
+def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the plain model with its full value, adapters merged, in layer order. Use each before asking for the next."""
+    bucket: list[Part] = []
     num_bytes = 0
-    for name, parameter in model.named_parameters():
-        bucket.append((name, parameter))
-        num_bytes += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    for part in parts(model):
+        bucket.append(part)
+        num_bytes += sum(getattr(each, "ds_numel", each.numel()) * each.element_size() for each in part.parameters)
         if num_bytes >= BUCKET_BYTES:
             yield from _gather(bucket)
             bucket, num_bytes = [], 0
     yield from _gather(bucket)
 
 
-def _gather(bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, nn.Parameter]]:
-    partitioned = [parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]
+def _gather(bucket: list[Part]) -> Iterator[tuple[str, Tensor]]:
+    partitioned = [parameter for part in bucket for parameter in part.parameters if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield from bucket
+        for part in bucket:
+            yield part.name, part.merged()

@@ -17,6 +17,7 @@ from rich.console import Console
 from async_rlhf.commands.guard import HEARTBEAT, guard_is_gone
 from async_rlhf.errors import ConfigError, RewardError
 from async_rlhf.evaluation import Evaluation
+from async_rlhf.model_card import write_card
 from async_rlhf.progress import Progress
 from async_rlhf.recorder import Recorder, read_accuracies, write_samples, write_summary
 from async_rlhf.report import write_report
@@ -40,6 +41,8 @@ def drive(plan: RunPlan, console: Console) -> int:
     with Progress(console, plan.config.updates) as progress, closing(Recorder(plan.run_folder)) as recorder:
         code, summary = _execute(plan, _Watcher(progress, recorder))
     write_summary(plan.run_folder, summary)
+    if code == EXIT_OK:
+        write_card(plan.run_folder, plan.config, plan.model_folder)
     write_report(plan.run_folder)
     _say_goodbye(console, plan.run_folder, summary)
     return code

@@ -71,10 +71,11 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
     task, encode = load_task(config.task), load_encode(folder)
     prompts = [encode_problem(problem, encode) for problem in task.held_out()]
     tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(task.reward)
+    # Before the engine: vLLM changes transformers' own classes for some architectures.
+    weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
     generator = Generator(config, str(folder), "eval")
     results: list[tuple[str, Evaluation, float]] = []
     try:
-        weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
         report: InstallReport = generator.install(weights)
         for name, temperature in (("greedy", 0.0), (f"temperature {config.generator.temperature:g}", config.generator.temperature)):
             rollouts = generator.evaluate(prompts, temperature)

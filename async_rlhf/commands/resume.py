@@ -16,7 +16,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.recorder import HIDDEN, without_secrets
-from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import read_state, write_atomically
@@ -60,8 +60,11 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     keys = {change.split(" ")[0] for change in changed}
     model_folder = Path(config.model.path).resolve() if "model.path" in keys else Path(origin["model_folder"])
     check_model_folder(model_folder)
-    reward = absolute_reward(config.reward.function) if "reward.function" in keys else origin["reward"]
-    load_reward(reward)
+    reward = origin["reward"]
+    if "reward.function" in keys:
+        reward = absolute_reward(config.reward.function) or origin["metric"]
+    config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
+    check_rewards(config.reward, reward)
     undo = any(_changes_training(change) for change in changed)
     at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
     _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))

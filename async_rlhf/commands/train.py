@@ -7,12 +7,13 @@ from rich.console import Console
 
 from async_rlhf.commands.drive import drive
 from async_rlhf.commands.guard import guard
+from async_rlhf.commands.proxy import with_own_proxies, without_own_proxies
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.recorder import make_run_folder, write_origin
-from async_rlhf.rewards import absolute_reward, load_reward
+from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.tasks import load_task
@@ -25,8 +26,9 @@ def run_train(config: Config, console: Console) -> int:
         ConfigError: before any actor starts, and before there is a run folder.
     """
     metric = load_task(config.task).reward
-    reward = absolute_reward(config.reward.function) if config.reward.function else metric
-    load_reward(reward)
+    config = replace(config, reward=absolute_rewards(config.reward))
+    reward = config.reward.function or metric
+    check_rewards(without_own_proxies(config.reward), reward)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:
@@ -37,6 +39,7 @@ def run_train(config: Config, console: Console) -> int:
         check_model_folder(model_folder)
     else:
         model_folder = run_sft(config, None, console)
+    config = with_own_proxies(config, console)
     if config.algorithm.ppo.critic.path:
         check_critic_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
     folder = make_run_folder(config)

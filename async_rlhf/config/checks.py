@@ -9,6 +9,7 @@ from typing import Any
 
 from async_rlhf.config.algorithms import AlgorithmConfig, CriticConfig
 from async_rlhf.config.fields import named_section
+from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
 
@@ -34,6 +35,8 @@ def warnings_of(config: Config) -> list[str]:
         )
     if config.reward.normalize and config.algorithm.name in ("dpo", "bok", "listwise"):
         warnings.append(f"reward.normalize changes nothing for {config.algorithm.name}, which looks at the order of the scores alone")
+    if config.reward.num_gpus and not config.reward.count:
+        warnings.append("reward.num_gpus changes nothing: the scorers compute the rewards; set reward.count, or scorer.num_gpus")
     if config.queue.max_replacements_per_batch >= 0 and config.queue.ties != "replace" and config.max_replacements_per_batch == 0:
         warnings.append("queue.max_replacements_per_batch changes nothing: tied groups are kept; set queue.ties=replace to replace them")
     return warnings
@@ -62,6 +65,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _group_contradictions(config)
     yield from _algorithm_contradictions(config)
     yield from _batch_contradictions(config)
+    yield from _reward_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
             "deterministic: true needs max_staleness 0 and queue.order ticket, got "
@@ -145,3 +149,38 @@ def _batch_contradictions(config: Config) -> Iterator[str]:
         )
     if config.learner.precision == "bfloat16" and config.learner.zero_stage == 0:
         yield "learner.precision bfloat16 needs learner.zero_stage 1, 2 or 3 (stage 0 trains without an fp32 master copy); set zero_stage=1"
+
+
+_OF_KIND = {"function": ("function", "processes"), "model": ("path", "max_length"), "http": ("url", "token_env"), "judge": ("judge",)}
+
+
+def _reward_contradictions(config: Config) -> Iterator[str]:
+    if config.reward.function and config.reward.parts:
+        yield (
+            f"reward.function ({config.reward.function}) and reward.parts ({', '.join(config.reward.parts)}) both say what the reward is; "
+            "make the function a part, or leave one of them out"
+        )
+    for name, part in config.reward.parts.items():
+        yield from _part_contradictions(f"reward.parts.{name}", name, part, config)
+
+
+def _part_contradictions(key: str, name: str, part: RewardPartConfig, config: Config) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        yield f"the name of a reward part must be letters, digits, '_' and '-', starting with a letter or digit, got {name!r}"
+    for kind, settings in _OF_KIND.items():
+        given = [setting for setting in settings if getattr(part, setting) != getattr(RewardPartConfig(), setting)]
+        if given and kind != part.kind:
+            yield f"{key}.{given[0]} belongs to kind {kind}, but {key}.kind is {part.kind}; set {key}.kind={kind}, or leave it out"
+    bounded = part.kind in ("http", "judge") or (part.kind == "function" and part.processes > 0)
+    if bounded and part.longest_call_s >= config.timeouts.score_s:
+        yield (
+            f"one call of {key} may take {part.longest_call_s:g} s (1 + {part.retries} attempts of {part.deadline_s:g}, "
+            f"and the waits between them), but a scorer that is silent for timeouts.score_s ({config.timeouts.score_s:g}) is replaced; "
+            "lower deadline_s, retries or backoff_s, or raise timeouts.score_s"
+        )
+    pairwise = part.kind == "judge" and part.judge.mode == "pairwise"
+    if pairwise and config.completions_per_prompt < 2:
+        yield (
+            f"{key}.judge.mode pairwise compares the completions of a prompt: completions_per_prompt must be >= 2, got "
+            f"{config.completions_per_prompt}; use pointwise"
+        )

@@ -5,6 +5,9 @@ from typing import Literal
 
 from async_rlhf.config.fields import number
 
+BACKOFF_JITTER = 0.5
+"""A wait is drawn from (1 - this, 1 + this) times its length, so that many who failed at once do not come back at once."""
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
@@ -17,11 +20,16 @@ class JudgeConfig:
     mode: Literal["pointwise", "pairwise"] = "pointwise"
     """`pointwise`: a grade for each completion; `pairwise`: each completion of a group against the others, its share of wins."""
     rubric: str = ""
-    """Path of a text file with what is good and what is not; empty: a general one."""
+    """Path of a text file: what the judge is told, with {prompt} and {completion} (pointwise), or {prompt}, {first} and {second}
+    (pairwise); empty: a general one."""
     max_grade: float = number(10.0, gt=0.0, le=1e6)
     """Grades go from 0 to this; a score is grade / max_grade."""
     max_tokens: int = number(16, ge=1, le=1 << 16)
     """Length limit of the judge's answer."""
+    token_env: str = ""
+    """Environment variable that holds the bearer token; empty: none is sent."""
+    allow_plain_http: bool = False
+    """Allow http:// to another machine; else only to this one."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +44,35 @@ class RewardPartConfig:
     """function: worker processes, so that a slow one blocks nobody; 0: in the scorer's own process, without deadline."""
     path: str = ""
     """model: folder of a sequence-classification model with one label."""
+    max_length: int = number(0, ge=0, le=1 << 22)
+    """model: longest text it reads, tokens; of longer ones the beginning is left out. 0: as many as the model has positions."""
+    add_eos: bool = True
+    """model: end texts that are no chat with the end-of-sequence token, as TRL's reward training does, where the tokenizer has one."""
     batch_size: int = number(32, ge=1, le=65536)
-    """model, http: completions per forward pass, or per request."""
+    """Completions per forward pass, per request, or per call of a function in worker processes or a coroutine."""
     url: str = ""
     """http: where batches are posted, see docs/rewards.md."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     token_env: str = ""
-    """http, judge: environment variable that holds the bearer token; empty: none is sent."""
+    """http: environment variable that holds the bearer token; empty: none is sent."""
     allow_plain_http: bool = False
-    """http, judge: allow http:// to another machine; else only to this one."""
+    """http: allow http:// to another machine; else only to this one."""
     concurrency: int = number(8, ge=1, le=4096)
     """http, judge, asynchronous functions: calls at once."""
-    deadline_s: float = number(60.0, gt=0.0, le=1e6)
-    """Longest time of one call."""
-    retries: int = number(2, ge=0, le=1000)
-    """Further attempts after a failed call."""
-    backoff_s: float = number(0.5, ge=0.0, le=1e6)
-    """Wait before the first further attempt; doubles with each."""
+    deadline_s: float = number(30.0, gt=0.0, le=1e6)
+    """Longest time of one attempt at a call."""
+    retries: int = number(4, ge=0, le=60)
+    """Further attempts after a failed one."""
+    backoff_s: float = number(1.0, ge=0.0, le=1e6)
+    """Wait before the first further attempt; doubles with each. A service that is away for longer ends the run."""
     max_response_mib: float = number(16.0, gt=0.0, le=1 << 20)
     """http, judge: largest answer that is read."""
+
+    @property
+    def longest_call_s(self) -> float:
+        """The longest that one call may take, all its attempts and waits together, seconds."""
+        waits_s = self.backoff_s * (2**self.retries - 1) * (1 + BACKOFF_JITTER)
+        return self.deadline_s * (self.retries + 1) + waits_s
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,14 @@ class RunConfig:
 class ModelConfig:
     path: str = ""
     """Hugging Face model folder of the initial policy; empty: the task's own supervised start, made once and cached."""
-    family: Literal["llama", "qwen3"] = "llama"
+    family: Literal["llama", "qwen3", "gpt_neox", "gemma", "gemma3"] = "llama"
     """Architecture of the task's own start; like the sizes below without effect when `path` is given."""
     hidden_size: int = number(128, ge=16, le=16384)
     num_layers: int = number(4, ge=1, le=256)
     num_heads: int = number(4, ge=1, le=256)
     intermediate_size: int = number(384, ge=16, le=65536)
     tie_embeddings: bool = False
+    """One matrix for the embedding and the head; Gemma's always are."""
     initializer_range: float = number(0.02, gt=0.0, le=10.0)
     """Standard deviation of the random weights before the supervised stage."""
 
@@ -170,7 +171,7 @@ class TimeoutsConfig:
     place_s: float = number(60.0, gt=0.0, le=1e6)
     generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
-    score_s: float = number(120.0, gt=0.0, le=1e6)
+    score_s: float = number(300.0, gt=0.0, le=1e6)
     batch_s: float = number(900.0, gt=0.0, le=1e6)
     """Longest wait of the learner for a batch."""
     step_s: float = number(900.0, gt=0.0, le=1e6)

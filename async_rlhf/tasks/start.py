@@ -4,7 +4,7 @@
 # (tokenizers, transformers and torch type their methods partially.)
 
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.errors import ConfigError
@@ -51,7 +51,7 @@ def build_policy(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", seed
         ConfigError: hidden_size cannot be divided among the heads.
     """
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     # Rotary embeddings turn pairs of head channels, so a head needs an even width.
     if config.hidden_size % (2 * config.num_heads):
@@ -60,25 +60,36 @@ def build_policy(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", seed
             f"use model.hidden_size={2 * config.num_heads * max(1, config.hidden_size // (2 * config.num_heads))}"
         )
     eos_id, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[config.family]
-    architecture = config_class(
+    architecture = AutoConfig.for_model(
         dtype=torch.float32,
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        head_dim=config.hidden_size // config.num_heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=config.tie_embeddings,
         initializer_range=config.initializer_range,
         bos_token_id=None,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
+        **_of_family(config),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(architecture)
+        model = cast("PreTrainedModel", AutoModelForCausalLM.from_config(architecture))
     model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=eos_id, pad_token_id=pad_id)
     return model
+
+
+def _of_family(config: ModelConfig) -> dict[str, Any]:
+    """What only some architectures have, by the names of their configurations."""
+    head_dim = config.hidden_size // config.num_heads
+    settings: dict[str, Any] = {"model_type": config.family, "tie_word_embeddings": config.tie_embeddings}
+    if config.family != "gpt_neox":
+        settings |= {"num_key_value_heads": config.num_heads, "head_dim": head_dim}
+    if config.family in ("gemma", "gemma3"):
+        settings["tie_word_embeddings"] = True
+    if config.family == "gemma3":
+        # A window as long as the longest sequence, so that packs can be trained.
+        settings |= {"model_type": "gemma3_text", "sliding_window": MAX_POSITIONS, "query_pre_attn_scalar": head_dim}
+    return settings

@@ -22,6 +22,7 @@ from async_rlhf.sharding import shard_batch
 from async_rlhf.types import StepReport, WeightsVersion
 from tests.support.cluster import local_cluster, make_model_folder, small_config
 from tests.support.ranks import Ranks, learner_worlds, make_batch
+from tests.support.settings import with_value
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -92,8 +93,9 @@ class FreshLearner:
         return asyncio.run(self.ranks.all(method, *args))
 
 
-def config_of(algorithm: str, num_ranks: int, stage: int, precision: str = "float32") -> Config:
+def config_of(algorithm: str, num_ranks: int, stage: int, precision: str = "float32", rank: int = 0) -> Config:
     settings = (f"learner.num_ranks={num_ranks}", f"learner.zero_stage={stage}", f"learner.precision={precision}")
+    settings = (*settings, f"learner.lora.rank={rank}")
     return small_config(f"algorithm={algorithm}", *COMMON, *settings, "generator.dtype=float32")
 
 
@@ -117,6 +119,10 @@ CASES = {
     "two ranks, stage 2, critic": ("ppo", 2, 2),
     "two ranks, stage 3, critic, bfloat16": ("ppo", 2, 3, "bfloat16"),
     "two ranks, stage 3": ("dpo", 2, 3),
+    "one rank, stage 0, adapters": ("rloo", 1, 0, "float32", 4),
+    "two ranks, stage 1, adapters, critic": ("ppo", 2, 1, "float32", 4),
+    "two ranks, stage 2, adapters, bfloat16": ("rloo", 2, 2, "bfloat16", 4),
+    "two ranks, stage 3, adapters": ("dpo", 2, 3, "float32", 3),
 }
 
 
@@ -150,6 +156,8 @@ RESHARDINGS = {
     "1 rank at stage 0 to 2 at stage 3": (config_of("ppo", 1, 0), config_of("ppo", 2, 3)),
     "2 ranks at stage 3 to 1 at stage 1": (config_of("rloo", 2, 3), config_of("rloo", 1, 1)),
     "bfloat16, 1 rank at stage 3 to 2 at stage 2": (config_of("rloo", 1, 3, "bfloat16"), config_of("rloo", 2, 2, "bfloat16")),
+    "adapters, 2 ranks at stage 3 to 1 at stage 0": (config_of("rloo", 2, 3, rank=3), config_of("rloo", 1, 0, rank=3)),
+    "adapters, 1 rank at stage 1 to 2 at stage 3": (config_of("rloo", 1, 1, rank=3), config_of("rloo", 2, 3, rank=3)),
 }
 
 
@@ -216,6 +224,20 @@ def test_each_rank_writes_about_its_share_and_tied_parameters_come_once(
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     again = FreshLearner(worlds, config_of("rloo", 2, 2), checkpoint=tmp_path, folder=tied)
     assert again.digest() == learner.digest()
+
+
+def test_a_checkpoint_of_adapters_holds_these_alone_and_is_refused_by_other_ones(worlds: dict[int, Ranks], tmp_path: Path) -> None:
+    settings = config_of("rloo", 2, 2, rank=3)
+    learner = FreshLearner(worlds, settings)
+    learner.train(0)
+
+    learner.save(tmp_path, version=1)
+
+    tensors = tensors_of(tmp_path, "policy")
+    assert tensors and all(".lora_" in key for key in tensors)
+    for other in (config_of("rloo", 2, 2), config_of("rloo", 2, 2, rank=4), with_value(settings, "learner.lora.alpha", 8.0)):
+        with pytest.raises(ConfigError, match=r"learner.json: the checkpoint was written with learner.lora .*'rank': 3, 'alpha': 16.0"):
+            FreshLearner(worlds, other, checkpoint=tmp_path)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(worlds: dict[int, Ranks], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def make_model_folder(folder: Path, *, seed: int = 0, family: str = "llama", tie
     """A random policy of 30k parameters with its tokenizer, as an ordinary Hugging Face folder."""
     tokenizer = build_tokenizer()
     config = ModelConfig(
-        family="qwen3" if family == "qwen3" else "llama",
+        family=family,  # type: ignore[arg-type]
         hidden_size=64,
         num_layers=2,
         num_heads=2,

@@ -1,5 +1,6 @@
 """An architecture that would score wrongly in our microbatches is refused when it is loaded, by name and with a remedy."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -24,9 +29,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from async_rlhf.batching import Batching
+from async_rlhf.batching import Batching, text_microbatch
 from async_rlhf.errors import ConfigError
-from async_rlhf.policy import make_scorer, make_value_scorer
+from async_rlhf.policy import CompletionScorer, load_policy, make_scorer, make_value_scorer, score_microbatch
 from tests.support.tiny_policy import with_character
 
 SIZES = {"vocab_size": 22, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -36,6 +41,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**GATED, sliding_window=16)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GATED, head_dim=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GATED, head_dim=8, sliding_window=16)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=22, hidden_size=32, n_layer=2, n_head=4)),
     "lfm2": lambda: Lfm2ForCausalLM(Lfm2Config(**GATED, layer_types=["conv", "full_attention"])),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GATED, head_dim=8, attn_logit_softcapping=0.05, final_logit_softcapping=None)),
@@ -55,7 +62,7 @@ def saved(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox", "gemma", "gemma3"])
 def test_models_of_plain_attention_are_accepted_as_policy_and_critic(name: str, batching: Batching, tmp_path: Path) -> None:
     folder = saved(name, tmp_path)
 
@@ -72,7 +79,6 @@ def test_models_of_plain_attention_are_accepted_as_policy_and_critic(name: str, 
         ("bloom", "packed", r"BloomForCausalLM .*set learner\.batching=padded"),
         ("gemma2", "packed", r"Gemma2ForCausalLM .*softcap.*set learner\.batching=padded"),
         ("gemma2", "padded", r"Gemma2ForCausalLM computes other states.*this architecture is not supported"),
-        ("gemma2, final cap", "padded", r"Gemma2ForCausalLM changes its logits after the head"),
         ("granite", "padded", r"GraniteForCausalLM changes its logits after the head"),
     ],
 )
@@ -83,6 +89,31 @@ def test_models_that_would_score_wrongly_are_refused(name: str, batching: Batchi
 
 def test_convolutions_are_fine_in_padded_batches(tmp_path: Path) -> None:
     assert make_scorer(saved("lfm2", tmp_path), torch.float32, "padded", 16)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 4 * 22 * 3])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_logits_that_the_architecture_caps_are_capped_in_every_chunk(batching: Batching, chunk_bytes: int, tmp_path: Path) -> None:
+    """The cap of 0.05 flattens a distribution that is far from uniform without it."""
+    folder = saved("gemma2, final cap", tmp_path)
+    plain = load_policy(folder)
+    scorer = CompletionScorer(load_policy(folder, batching=batching), max_logits_bytes=chunk_bytes)
+    ids = (3, 9, 14, 4, 20, 7, 11, 5)
+
+    with torch.no_grad():
+        expected = (plain(input_ids=torch.tensor([ids])).logits[0, :-1] / 0.7).log_softmax(-1)
+        got, entropy = score_microbatch(scorer, text_microbatch(ids, batching), 0.7, torch.device("cpu"))
+
+    torch.testing.assert_close(got[0], expected.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy[0], -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=0)
+    assert float(entropy.min()) > 0.999 * math.log(22) > 1.01 * float(uncapped_entropy(plain, ids).min())
+
+
+def uncapped_entropy(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
+    model.config.final_logit_softcapping = None
+    with torch.no_grad():
+        distribution = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -(distribution.exp() * distribution).sum(-1)
 
 
 def test_an_attention_window_shorter_than_the_longest_sequence_is_refused_in_packs_alone(tmp_path: Path) -> None:

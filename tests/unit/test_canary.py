@@ -9,14 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import actors.generator
-from actors.canary import canary_error, check_manifest, check_room, check_tensors, perturbed, shapes_of_folder, tolerance_of
+from actors.canary import (
+    canary_error,
+    check_manifest,
+    check_room,
+    check_tensors,
+    perturbed,
+    shapes_of_folder,
+    shapes_of_model,
+    tolerance_of,
+)
 from actors.generator import Generator
 from async_rlhf.config import load_config
 from async_rlhf.errors import ConfigError, WeightsError
+from async_rlhf.policy import load_policy
+from async_rlhf.snapshot import snapshot_of_folder
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
+from tests.support.cluster import make_model_folder
 
 RNG = np.random.default_rng(0)
 VALUES = {
@@ -85,11 +97,24 @@ def test_a_tied_head_may_be_missing_on_either_side_but_not_have_another_shape(he
         check_manifest(manifest_of(SHAPES | {head: (5, 3)}), with_head)
 
 
-def test_expected_shapes_come_from_the_headers_of_all_safetensors_files(tmp_path: Path):
+def test_the_size_of_the_weights_comes_from_the_headers_of_all_safetensors_files(tmp_path: Path):
     save_file({"a": np.zeros((2, 3), np.float32)}, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
     save_file({"b": np.zeros((4,), np.float32), "scalar": np.array(1, np.float32)}, tmp_path / "model-2.safetensors")
 
     assert shapes_of_folder(tmp_path) == {"a": (2, 3), "b": (4,), "scalar": ()}
+
+
+def test_expected_are_the_parameters_that_a_learner_has_whatever_else_older_files_hold(tmp_path: Path):
+    """Pythia's files have attention masks, and name the head otherwise than transformers does."""
+    folder = make_model_folder(tmp_path, family="gpt_neox")
+    tensors = load_file(folder / "model.safetensors")
+    assert "embed_out.weight" in tensors
+    save_file({**tensors, "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 8, 8), np.float32)}, folder / "model.safetensors")
+    parameters = {name: tuple(parameter.shape) for name, parameter in load_policy(folder).named_parameters()}
+
+    assert shapes_of_model(folder) == parameters
+    assert "lm_head.weight" in parameters
+    check_manifest(snapshot_of_folder(folder, "float32").manifest, shapes_of_model(folder))
 
 
 # Checksums.
@@ -219,7 +244,7 @@ class SingingEngine:
 
 
 def make_generator(engine: SingingEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Generator:
-    save_file(VALUES, tmp_path / "model.safetensors")
+    monkeypatch.setattr(actors.generator, "shapes_of_model", lambda folder: SHAPES)
     monkeypatch.setattr(actors.generator, "make_engine", lambda config, folder: engine)
     return Generator(load_config(overrides=["generator.engine=transformers", *overrides]).config, str(tmp_path), "generator-0.0")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from async_rlhf.losses.base import Mean, kl_metrics, mean_of
 from async_rlhf.losses.correction import Ratios, correction_metrics, mismatch_metrics
-from async_rlhf.metrics import METRICS, derive, over_steps, summarize
+from async_rlhf.metrics import METRICS, PART, declaration, derive, over_steps, summarize
 from async_rlhf.types import Batch, FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, VersionSpan
 from tests.support.samples import make_scored, make_ticket
 
@@ -113,7 +113,33 @@ def test_equal_digests_mean_equal_prompts_in_equal_order():
 
 
 def test_every_key_of_a_summary_is_declared():
-    assert set(summarize(hand_made_batch(), []).metrics) <= set(METRICS)
+    assert all(declaration(key).reduction == "mean" for key in summarize(hand_made_batch(), []).metrics)
+
+
+def test_only_declared_keys_and_named_members_of_a_family_are_declared():
+    assert declaration("reward/part/helpful").reduction == "mean"
+    for key in ("reward/part/", "reward/part", "reward/parts/x", "no/such"):
+        with pytest.raises(KeyError):
+            declaration(key)
+
+
+def test_each_part_of_the_reward_is_averaged_over_the_batchs_completions():
+    """Group 0: short 1, 2; group 1: short 6 and, alone, brief 8: (1 + 2 + 6 + 6) / 4 and (8 + 8) / 2."""
+
+    def scored(index: int, **parts: list[float]) -> ScoredGroup:
+        return replace(make_scored(make_ticket(index)), reward_parts={name: np.float32(values) for name, values in parts.items()})
+
+    batch = Batch(update=0, groups=(scored(0, short=[1, 2]), scored(1, short=[6, 6], brief=[8, 8])))
+
+    metrics = summarize(batch, []).metrics
+
+    assert {key: value for key, value in metrics.items() if key.startswith(PART)} == {"reward/part/short": 3.75, "reward/part/brief": 8.0}
+
+
+def test_a_reward_without_parts_reports_none():
+    batch = Batch(update=0, groups=(replace(make_scored(make_ticket(0)), reward_parts={}),))
+
+    assert not [key for key in summarize(batch, []).metrics if key.startswith("reward/part")]
 
 
 def test_steps_are_averaged_but_of_the_learning_rate_the_last_counts():

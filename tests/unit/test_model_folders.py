@@ -121,3 +121,57 @@ def test_a_missing_or_damaged_critic_folder_is_named_with_its_setting(tmp_path: 
     (folder / "config.json").write_text("{", encoding="ascii")
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
         check_critic_folder(folder)
+
+
+# The vocabulary.
+
+
+def write_vocabulary(folder: Path, *, rows: int, vocab: object, added: list[dict[str, object]], **settings: object) -> Path:
+    write_model_folder(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": rows}), encoding="ascii")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": added}), encoding="ascii")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", **settings}), encoding="ascii")
+    return folder
+
+
+EOS = {"content": "<eos>", "id": 2, "special": True}
+
+
+@pytest.mark.parametrize("vocab", [{"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]])
+def test_a_tokenizer_whose_tokens_all_have_rows_is_accepted(tmp_path: Path, vocab: object) -> None:
+    assert check_model_folder(write_vocabulary(tmp_path / "model", rows=3, vocab=vocab, added=[EOS])) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "added", "named"),
+    [
+        (1, [], r"has 1 rows and the tokenizer gives 'b' the number 1"),
+        (2, [EOS], r"gives '<eos>' the number 2"),
+        (3, [EOS, {"content": "<think>", "id": 3, "special": False}], r"gives '<think>' the number 3"),
+        (3, [EOS, {"content": "<user>", "id": 3, "special": True}], r"gives '<user>' the number 3"),
+    ],
+)
+@pytest.mark.parametrize("vocab", [{"a": 0, "b": 1}, [["a", -1.0], ["b", -2.0]]])
+def test_a_token_without_a_row_is_named_with_both_numbers(
+    tmp_path: Path, rows: int, added: list[dict[str, object]], named: str, vocab: object
+) -> None:
+    folder = write_vocabulary(tmp_path / "model", rows=rows, vocab=vocab, added=added, chat_template="<user>{{ messages }}")
+    with pytest.raises(ConfigError, match=rf"{named}.*do not belong together.*resize_token_embeddings"):
+        check_model_folder(folder)
+
+
+def test_a_special_token_that_nothing_names_may_go_without_a_row(tmp_path: Path) -> None:
+    """Some text models keep the token for images of their larger siblings."""
+    image = {"content": "<image>", "id": 3, "special": True}
+    folder = write_vocabulary(tmp_path / "model", rows=3, vocab={"a": 0, "b": 1}, added=[EOS, image], added_tokens_decoder={"3": image})
+    assert check_model_folder(folder) is None
+
+
+def test_a_template_in_its_own_file_counts(tmp_path: Path) -> None:
+    folder = write_vocabulary(
+        tmp_path / "model", rows=3, vocab={"a": 0, "b": 1}, added=[EOS, {"content": "<user>", "id": 3, "special": True}]
+    )
+    assert check_model_folder(folder) is None
+    (folder / "chat_template.jinja").write_text("<user>{{ messages }}", encoding="ascii")
+    with pytest.raises(ConfigError, match="'<user>' the number 3"):
+        check_model_folder(folder)
