@@ -29,6 +29,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PERMANENT = (ConfigError, JournalError)
 """What keeps an actor from starting however often it is tried."""
 
+SHRINK = "lower generator.count, learner.num_ranks, scorer.count, reward.count or their num_cpus / num_gpus, or add nodes"
+
 HEAD_PROBE_S = 5.0
 """Between two looks at Ray's head; and how long one may take."""
 
@@ -82,8 +84,11 @@ class Cluster:
     _head_lost: bool = False
     _actors: list[RemoteActor] = field(default_factory=list[RemoteActor])
 
-    async def reserve(self, specs: Sequence[ActorSpec]) -> None:
+    async def reserve(self, specs: Sequence[ActorSpec], remedy: str = SHRINK) -> None:
         """Reserve room for all actors at once: one that cannot be placed would wait without a word.
+
+        Args:
+            remedy: what its user may do about a cluster that is too small.
 
         Raises:
             ConfigError: the cluster is too small, or has no room free in time.
@@ -92,7 +97,7 @@ class Cluster:
         needed = {kind: sum(spec.bundle.get(kind, 0.0) for spec in placed) for kind in ("CPU", "GPU")}
         total = ray.cluster_resources()
         if any(needed[kind] > total.get(kind, 0.0) for kind in needed):
-            raise ConfigError(_too_small(needed, total, "has"))
+            raise ConfigError(_too_small(needed, total, "has", remedy))
         if not placed:
             return
         self._group = placement_group([spec.bundle for spec in placed], strategy="PACK")
@@ -103,7 +108,7 @@ class Cluster:
             if time.monotonic() < ends:
                 continue
             free = ray.available_resources()
-            raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only"))
+            raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only", remedy))
 
     async def watch_head(self) -> None:
         """Look whether Ray's head still takes connections, for as long as it does.
@@ -274,13 +279,10 @@ def _local_cpus(config: Config) -> int:
     return config.run.local_cpus or max(math.ceil(asked), os.cpu_count() or 1)
 
 
-def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: str) -> str:
+def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: str, remedy: str) -> str:
     asked = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
     held = ", ".join(f"{there.get(kind, 0.0):g} {kind}" for kind in needed)
-    return (
-        f"the run asks for {asked}, but the Ray cluster {verb} {held}; lower generator.count, learner.num_ranks, scorer.count, "
-        "reward.count or their num_cpus / num_gpus, or add nodes"
-    )
+    return f"the run asks for {asked}, but the Ray cluster {verb} {held}; {remedy}"
 
 
 def leaf(group: BaseException) -> BaseException:

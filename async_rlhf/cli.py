@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from async_rlhf import __version__
+from async_rlhf.commands.signals import Interrupted
 from async_rlhf.errors import AsyncRLHFError, ConfigError, RewardError
 
 if TYPE_CHECKING:
@@ -58,11 +59,38 @@ def replay(
 
 
 @app.command()
-def sft(words: Words = None, out: Annotated[Path | None, typer.Option(help="Folder of the model; default: the cache.")] = None) -> None:
-    """Make the task's supervised start."""
+def sft(
+    words: Words = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the model; default, for a built-in task: the cache.")] = None,
+) -> None:
+    """Make the task's supervised start, or fine-tune model.path on sft.sources."""
     from async_rlhf.commands.sft import run_sft
 
-    run_sft(_load(words), out, Console())
+    _require_application()
+    run_sft(_load(words), out, Console(), in_process=False)
+
+
+@app.command(name="reward-model")
+def reward_model(
+    words: Words = None, out: Annotated[Path | None, typer.Option(help="Folder of the reward model; default: the cache.")] = None
+) -> None:
+    """Train a reward model on preference pairs."""
+    from async_rlhf.commands.reward_model import run_reward_model
+
+    _require_application()
+    run_reward_model(_load(words), out, Console(), in_process=False)
+
+
+@app.command()
+def relabel(
+    out: Annotated[Path, typer.Option(help="The new preference set, a .parquet file.")],
+    words: Words = None,
+) -> None:
+    """Order the pairs of a preference set anew, by the config's reward."""
+    from async_rlhf.commands.relabel import run_relabel
+
+    _require_application()
+    run_relabel(_load(words), out, Console())
 
 
 @app.command(name="eval")
@@ -127,6 +155,8 @@ def main() -> None:
         app()
     except (ConfigError, RewardError) as error:
         _fail(error, 2)
+    except Interrupted as error:
+        _fail(error, error.code)
     except AsyncRLHFError as error:
         _fail(error, 1)
 

@@ -16,6 +16,7 @@
         |-- RestartLimitError  an actor keeps failing
         |-- RewardLostError    the service that scores cannot be reached
         |-- HeadLostError      Ray itself is gone
+        |-- StageStopped       a stage before reinforcement learning was asked to stop, and wrote a checkpoint
         `-- JournalError       the journal is damaged, cannot be written, or is not the one that was expected
             `-- JournalLockedError    another process writes it
 
@@ -85,6 +86,10 @@ class RewardLostError(RunError):
 
 class HeadLostError(RunError):
     """Ray's head does not answer: nothing can be started, found or ended through it any more."""
+
+
+class StageStopped(RunError):
+    """A stage was asked to stop; what it had done is kept, and it goes on from there."""
 
 
 class JournalError(RunError):

@@ -1,8 +1,9 @@
 """The supervised start: a small model that answers part of a task right, made with TRL's SFTTrainer and kept in a cache.
 
-Training stops at `sft.target_accuracy` on purpose. Accuracy moves several points between two looks, so the first look above
-the target may be far above it: then the weights are moved back along the straight line to the last look below the
-target, until they answer as many held-out problems as asked for (`tasks.landing.land`).
+Where answers are right or wrong, training stops at `sft.target_accuracy` on purpose; where they are better or worse, after
+`sft.max_steps`. Accuracy moves several points between two looks, so the first look above the target may be far above it: then the
+weights are moved back along the straight line to the last look below the target, until they answer as many held-out problems as asked
+for (`tasks.landing.land`).
 
 This module imports neither torch nor trl until something has to be trained, so that finding a finished start is cheap.
 """
@@ -13,24 +14,29 @@ This module imports neither torch nor trl until something has to be trained, so 
 import hashlib
 import json
 import logging
+import math
 import os
 import random
-import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from async_rlhf.config.schema import Config
-from async_rlhf.errors import ConfigError, RunError
+from async_rlhf.config.stages import SFTConfig
+from async_rlhf.errors import RunError
+from async_rlhf.stages.books import StageBooks
+from async_rlhf.stages.folder import StageFolder, working
+from async_rlhf.stages.messages import StageProgress, StageResult, StageWatch
+from async_rlhf.stages.trainer import arguments, fit, quiet_libraries
 from async_rlhf.tasks import ExactTask, Task, load_task
 from async_rlhf.tasks.landing import LANDING_TOLERANCE, Exam, copy_weights, land
 from async_rlhf.tasks.start import build_policy, build_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +44,12 @@ RECIPE = 4
 """Part of the cache key; counts changes of this module that make other weights from the same settings."""
 FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "start.json")
 """What a finished start consists of."""
+DECIDING = ("target_accuracy", "max_steps", "batch_size", "learning_rate", "wrong_share", "eval_every", "seed")
+"""Settings of `sft` that are part of each cache key."""
+ADDED = ("gradient_accumulation", "schedule", "warmup_steps", "precision")
+"""Those that are part of it where they differ from their defaults."""
 MAX_LOOK_PROBLEMS = 500
 """Held-out problems in one look during training: a standard error of 0.02 at accuracy 0.4."""
-WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,41 +92,75 @@ def cached_start(config: Config) -> Path | None:
     return folder if all((folder / name).is_file() for name in FILES) else None
 
 
-def train_start(config: Config, folder: Path, on_progress: Callable[[SFTProgress], None]) -> SFTResult:
+def train_start(config: Config, folder: Path, on_progress: Callable[[SFTProgress], None], watch: StageWatch | None = None) -> SFTResult:
     """Train the start and put it into `folder`, all or nothing, as an ordinary Hugging Face model folder.
 
     Args:
         config: task, model (without path) and sft decide the result; with one thread a seed gives the same weights again.
         folder: must not exist, or be empty.
         on_progress: called after every optimizer step.
+        watch: gets notes alone, and may stop it; None: nobody does.
     Raises:
         ConfigError: the folder is taken, or the settings cannot work.
-        RunError: not one held-out problem is answered right.
+        RunError: not one held-out problem is answered right. StageStopped: `watch` asked for it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"the folder of a new start must not exist or be empty, got {folder}; delete it or name another folder")
+    watch = watch or StageWatch(on_progress=lambda progress: None)
     began = time.monotonic()
-    task = load_task(config.task)
-    tokenizer = build_tokenizer(task.vocabulary)
-    model = build_policy(config.model, tokenizer, config.sft.seed)
-    looks = _Looks(config, model, Exam(tokenizer, task.held_out()[:MAX_LOOK_PROBLEMS], task.max_answer_tokens + 1), on_progress)
-    with _quiet_libraries():
-        _train(config, model, tokenizer, _make_examples(config, task, tokenizer), looks)
+    with working(folder, _settings(config), watch) as work, quiet_libraries(), closing(StageBooks(work.made)) as books:
+        task = load_task(config.task)
+        tokenizer = build_tokenizer(task.vocabulary)
+        model = build_policy(config.model, tokenizer, config.sft.seed)
+        exam = Exam(tokenizer, task, MAX_LOOK_PROBLEMS)
+        looks = _Looks(config, model, exam, on_progress, books)
+        fit(
+            _make_trainer(config, model, tokenizer, _make_examples(config, task, tokenizer), work),
+            looks,
+            work,
+            config.sft.save_every,
+            watch,
+        )
         looks.land()
-        accuracy = Exam(tokenizer, task.held_out(), task.max_answer_tokens + 1).accuracy(model)
-        _check_accuracy(config, accuracy, looks)
+        accuracy = Exam(tokenizer, task).accuracy(model)
+        try:
+            _check_accuracy(accuracy, looks)
+        except RunError:
+            work.discard()
+            raise
         result = SFTResult(folder=folder, accuracy=accuracy, steps=looks.step, elapsed_s=time.monotonic() - began)
-        _save(config, model, tokenizer, result)
+        _save(config, model, tokenizer, result, work)
     return result
+
+
+def make_start(config: Config, folder: Path, watch: StageWatch) -> StageResult:
+    """The same as a stage; see train_start."""
+
+    def on_progress(progress: SFTProgress) -> None:
+        watch.on_progress(
+            StageProgress(
+                step=progress.step,
+                max_steps=progress.max_steps,
+                measured=_measured(progress),
+                looked=progress.looked,
+                elapsed_s=progress.elapsed_s,
+            )
+        )
+
+    result = train_start(config, folder, on_progress, watch)
+    text = f"start: {folder} (held-out accuracy {result.accuracy:.3f} after {result.steps} steps, {result.elapsed_s:.0f} s)"
+    return StageResult(target=folder, lines=(text,))
 
 
 class _Looks:
     """Watches the accuracy during training, says when to stop, and lands on the target."""
 
-    def __init__(self, config: Config, model: "PreTrainedModel", exam: Exam, on_progress: Callable[[SFTProgress], None]) -> None:
+    def __init__(
+        self, config: Config, model: "PreTrainedModel", exam: Exam, on_progress: Callable[[SFTProgress], None], books: StageBooks
+    ) -> None:
         self.step = 0
-        self._target, self._max_steps = config.sft.target_accuracy, config.sft.max_steps
-        self._model, self._exam, self._on_progress = model, exam, on_progress
+        self.target = config.sft.target_accuracy if exam.exact else math.inf
+        """Accuracy to stop at; infinity: train all steps."""
+        self._max_steps = config.sft.max_steps
+        self._model, self._exam, self._on_progress, self._books = model, exam, on_progress, books
         self._began = time.monotonic()
         self._loss: float | None = None
         self._accuracy: float | None = None
@@ -128,19 +171,26 @@ class _Looks:
         self.step = step
         self._report(looked=False)
 
-    def look(self, loss: float) -> bool:
+    def resume(self, step: int) -> None:
+        """The training begins after `step`, before which the target was not reached."""
+        self.step = step
+        self._books.cut_after(step)
+        self._below = copy_weights(self._model)
+
+    def look(self, step: int, logs: Mapping[str, float]) -> bool:
         """Measure the accuracy; True: the target is reached, stop."""
-        self._loss, self._accuracy = loss, self._exam.accuracy(self._model)
+        self._loss, self._accuracy = float(logs["loss"]), self._exam.accuracy(self._model)
+        self._books.write(step, {"train/loss": self._loss, "held_out/accuracy": self._accuracy})
         self._report(looked=True)
-        if self._accuracy >= self._target:
+        if self._accuracy >= self.target:
             return True
         self._below = copy_weights(self._model)
         return False
 
     def land(self) -> None:
         """Bring the model back to the target if the last look was above it by more than the tolerance."""
-        if self._accuracy is not None and self._accuracy > self._target + LANDING_TOLERANCE:
-            self._accuracy = land(self._model, self._exam, self._below, target=self._target)
+        if self._accuracy is not None and self._accuracy > self.target + LANDING_TOLERANCE:
+            self._accuracy = land(self._model, self._exam, self._below, target=self.target)
             self._report(looked=True)
 
     def _report(self, *, looked: bool) -> None:
@@ -172,114 +222,56 @@ def _make_examples(config: Config, task: Task, tokenizer: "PreTrainedTokenizerFa
     return examples
 
 
-def _train(config: Config, model: Any, tokenizer: Any, examples: dict[str, list[list[int]]], looks: _Looks) -> None:
-    """Run TRL's trainer until `looks` says stop or max_steps are done."""
+def _make_trainer(config: Config, model: Any, tokenizer: Any, examples: dict[str, list[list[int]]], work: StageFolder) -> Any:
+    """TRL's trainer of the start."""
     from datasets import Dataset
-    from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig as TrainerConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    with tempfile.TemporaryDirectory(prefix="async-rlhf-sft-") as scratch:
-        trainer_config = TrainerConfig(
-            output_dir=scratch,
-            max_steps=config.sft.max_steps,
-            per_device_train_batch_size=config.sft.batch_size,
-            learning_rate=config.sft.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=min(WARMUP_STEPS, config.sft.max_steps),
-            adam_beta2=0.95,
-            logging_steps=min(config.sft.eval_every, config.sft.max_steps),
-            seed=config.sft.seed,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-            gradient_checkpointing=False,
-            use_cache=True,
-            use_cpu=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        dataset = Dataset.from_dict(examples)
-        callback = _make_callback(looks)
-        trainer = SFTTrainer(model=model, args=trainer_config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    given = arguments(config.sft, work, config.sft.max_steps)
+    trainer_config = TrainerConfig(**given, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(model=model, args=trainer_config, train_dataset=Dataset.from_dict(examples), processing_class=tokenizer)
 
 
-def _make_callback(looks: _Looks) -> "TrainerCallback":
-    """The trainer's view of `looks`. TRL logs the mean loss every eval_every steps, which is when we look."""
-    from transformers import TrainerCallback
-
-    class LooksCallback(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            looks.count_step(state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if logs is not None and "loss" in logs and looks.look(float(logs["loss"])):
-                control.should_training_stop = True
-
-    return LooksCallback()
-
-
-@contextmanager
-def _quiet_libraries() -> Generator[None]:
-    """Keep the libraries' own progress bars, and DeepSpeed's remark that there is no GPU, off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    def is_error(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    deepspeed_logger = logging.getLogger("DeepSpeed")
-    transformers_logging.disable_progress_bar()
-    deepspeed_logger.addFilter(is_error)
-    try:
-        yield
-    finally:
-        deepspeed_logger.removeFilter(is_error)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
+def _measured(progress: SFTProgress) -> str:
+    if progress.loss is None or progress.accuracy is None:
+        return ""
+    return f"loss {progress.loss:.3f}, held-out accuracy {progress.accuracy:.3f}"
 
 
 def _settings(config: Config) -> dict[str, dict[str, Any]]:
-    """All settings that decide the weights."""
-    model, sft = asdict(config.model), asdict(config.sft)
-    del model["path"], sft["cache_dir"]
-    return {"task": asdict(config.task), "model": model, "sft": sft}
+    """All settings that decide the weights; those of `ADDED` where they are not as they were before there were such settings."""
+    model, sft, default = asdict(config.model), asdict(config.sft), asdict(SFTConfig())
+    del model["path"]
+    # Sections of other tasks decide nothing.
+    task = {key: value for key, value in asdict(config.task).items() if not isinstance(value, dict) or key == config.task.name}
+    used = {key: sft[key] for key in DECIDING} | {key: sft[key] for key in ADDED if sft[key] != default[key]}
+    return {"task": task, "model": model, "sft": used}
 
 
-def _check_accuracy(config: Config, accuracy: float, looks: _Looks) -> None:
+def _check_accuracy(accuracy: float, looks: _Looks) -> None:
     """Refuse a start that knows nothing, and warn about one that knows less than asked for."""
-    target = config.sft.target_accuracy
+    if math.isinf(looks.target):
+        return
     if accuracy == 0.0:
         raise RunError(
             f"the supervised start must answer some held-out problems right, got accuracy 0 after {looks.step} steps; "
             "raise sft.max_steps, or make the task easier (task.num_operands, task.max_operand)"
         )
-    if accuracy < target - 3 * LANDING_TOLERANCE:
+    if accuracy < looks.target - 3 * LANDING_TOLERANCE:
         logger.warning(
             "the supervised start stops at held-out accuracy %.3f after %d steps, below sft.target_accuracy=%s; "
             "it is kept. Raise sft.max_steps to go on to the target",
             accuracy,
             looks.step,
-            target,
+            looks.target,
         )
 
 
-def _save(config: Config, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", result: SFTResult) -> None:
-    """Write a sibling folder, then rename it: a reader sees a finished start or none."""
-    result.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{result.folder.name}-", dir=result.folder.parent) as parent:
-        made = Path(parent) / "start"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        facts = {**_settings(config), "accuracy": result.accuracy, "steps": result.steps, "elapsed_s": round(result.elapsed_s, 1)}
-        (made / "start.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        try:
-            os.replace(made, result.folder)
-        except OSError:
-            # Another process finished the same start first; its folder is as good as ours.
-            if not all((result.folder / name).is_file() for name in FILES):
-                raise
+def _save(config: Config, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", result: SFTResult, work: StageFolder) -> None:
+    """Write the folder beside its place, then rename it: a reader sees a finished start or none."""
+    model.save_pretrained(work.made)
+    tokenizer.save_pretrained(work.made)
+    facts = {**_settings(config), "accuracy": result.accuracy, "steps": result.steps, "elapsed_s": round(result.elapsed_s, 1)}
+    (work.made / "start.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    work.finish()

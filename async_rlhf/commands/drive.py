@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import time
 import traceback
@@ -15,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from async_rlhf.commands.guard import HEARTBEAT, guard_is_gone
-from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.commands.signals import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    Interrupted,
+    end_of,
+    on_ray,
+    until_signal,
+)
 from async_rlhf.evaluation import Evaluation
 from async_rlhf.model_card import write_card
 from async_rlhf.progress import Progress
@@ -29,7 +38,6 @@ if TYPE_CHECKING:
     from actors.launch import Cluster
     from actors.run import Run
 
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 EXITS = {EXIT_OK: "success", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "terminated"}
 """`exit` in summary.json; any other code: failed."""
 PHASES = {EXIT_OK: "finished", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED: "interrupted"}
@@ -75,7 +83,6 @@ class _Watcher:
 def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     """Run on Ray; returns the exit code and the summary, whatever happens."""
     from actors.accounts import Accounts
-    from actors.session import open_session
 
     started_s, folder = time.perf_counter(), plan.run_folder
     accounts = Accounts(config=plan.config, run_id=plan.run_id, session=plan.session)
@@ -85,37 +92,17 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
         accounts.restore(plan.checkpoint.state)
     watcher.rewound(accounts.updates)
     write_atomically(folder / "state.json", accounts.state("starting").to_json())
-    session, cluster, end = None, None, (EXIT_OK, "")
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    end = (EXIT_OK, "")
     try:
-        session = open_session()
-        watcher.stage(f"joining Ray at {os.environ['RAY_ADDRESS']}" if session is None else "starting Ray")
-        cluster = _connect(plan, session)
-        _run(plan, cluster, accounts, watcher)
+        with on_ray(plan.config, plan.run_id, watcher.stage, logs=folder / "logs") as cluster:
+            _write_ray_address(folder, cluster.address, cluster.namespace)
+            _run(plan, cluster, accounts, watcher)
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # the run's boundary: whatever happened, the folder tells it
-        end = _end_of(error)
+        end = end_of(error)
         if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
             (folder / "error.txt").write_text(f"{traceback.format_exc()}\n{_who_waits()}\n", encoding="utf-8")
-    finally:
-        # From here to the end of the process: an impatient second Ctrl-C must not lose the summary.
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-        watcher.stage("closing")
-        if cluster is not None:
-            cluster.close(keep_logs=folder / "logs" if end[0] == EXIT_FAILED else None)
-        elif session is not None:
-            shutil.rmtree(session, ignore_errors=True)
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
     return end[0], _summary(plan, accounts, end, time.perf_counter() - started_s)
-
-
-def _connect(plan: RunPlan, session: Path | None) -> "Cluster":
-    # Ray reads its authentication settings when it is imported: not before open_session.
-    from actors.launch import connect
-
-    cluster = connect(plan.config, plan.run_id, session)
-    _write_ray_address(plan.run_folder, cluster.address, cluster.namespace)
-    return cluster
 
 
 def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> None:
@@ -132,21 +119,6 @@ def _who_waits() -> str:
     from actors.wait_graph import WAITS
 
     return WAITS.at_failure
-
-
-def _end_of(error: BaseException) -> tuple[int, str]:
-    """Exit code and text of what ended the run."""
-    match error:
-        case _Interrupted():
-            return error.code, str(error)
-        case KeyboardInterrupt():
-            return EXIT_INTERRUPTED, "ended by SIGINT"
-        case SystemExit():  # what Ray's own handler makes of a SIGTERM while it starts
-            return EXIT_TERMINATED, "ended by SIGTERM"
-        case ConfigError() | RewardError():
-            return EXIT_BAD_INPUT, str(error)
-        case _:
-            return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
 
 def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: float) -> dict[str, object]:
@@ -180,50 +152,15 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
     }
 
 
-class _Interrupted(Exception):
-    """A signal asked the run to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signum).name}")
-        self.code = 128 + signum
-
-
-def _raise_interrupted(signum: int, frame: object) -> None:
-    del frame
-    raise _Interrupted(signum)
-
-
 async def _with_signals(run: "Run", plan: RunPlan) -> None:
-    """Execute a run. The first SIGINT or SIGTERM lets it end with a checkpoint within `timeouts.stop_s`; a second one ends it at once.
-
-    Handlers are installed after ray.init, which overwrites them.
-    """
-    task = asyncio.ensure_future(run.execute())
-    received: list[int] = []
-    loop = asyncio.get_running_loop()
-
-    def on_signal(signum: int) -> None:
-        received.append(signum)
-        if len(received) > 1:
-            task.cancel()
-        else:
-            run.stop()
-            loop.call_later(plan.config.timeouts.stop_s, task.cancel)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, on_signal, signum)
+    """Execute a run. The first SIGINT or SIGTERM lets it end with a checkpoint within `timeouts.stop_s`; a second one ends it at once."""
     beating = asyncio.ensure_future(_beat(plan, run))
     try:
-        await task
-    except BaseException as error:
-        # While everything is being cancelled, anything may fail first; the cause is the signal all the same.
-        if received:
-            raise _Interrupted(received[0]) from error
-        raise
+        await until_signal(run.execute(), run.stop, plan.config.timeouts.stop_s)
     finally:
         beating.cancel()
-    if received or run.stopping:
-        raise _Interrupted(received[0] if received else signal.SIGTERM)
+    if run.stopping:
+        raise Interrupted(signal.SIGTERM)
 
 
 async def _beat(plan: RunPlan, run: "Run") -> None:

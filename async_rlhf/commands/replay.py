@@ -7,8 +7,6 @@ paths nor environment variables from the run folder: that of a stranger is safe 
 
 import asyncio
 import os
-import shutil
-import signal
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -18,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from async_rlhf.commands.drive import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED
 from async_rlhf.commands.resume import read_origin
+from async_rlhf.commands.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, end_of, on_ray, until_signal
 from async_rlhf.comparison import Comparison
 from async_rlhf.config import load_config
 from async_rlhf.config.load import split_arguments
@@ -139,37 +137,18 @@ def _comparison(folder: Path, extent: Extent, count: int) -> Comparison:
 
 def _execute(replay: _Replay) -> int:
     """Train on Ray; returns the exit code."""
-    from actors.session import open_session
-
-    session, cluster = open_session(), None
+    plan = replay.plan
     try:
-        # Ray reads its authentication settings when it is imported: not before open_session.
-        from actors.launch import connect
-
-        plan = replay.plan
         # Under a name of its own: the run itself may be going on in the same cluster.
-        cluster = connect(plan.config, f"replay_{os.getpid()}_{plan.run_id}", session)
-        signal.signal(signal.SIGTERM, _exit_terminated)
-        asyncio.run(_train(replay, cluster))
+        with on_ray(plan.config, f"replay_{os.getpid()}_{plan.run_id}", lambda line: None) as cluster:
+            asyncio.run(until_signal(_train(replay, cluster)))
         return EXIT_OK
-    except KeyboardInterrupt:
-        _say(replay.console, "ended by SIGINT")
-        return EXIT_INTERRUPTED
-    except SystemExit:
-        _say(replay.console, "ended by SIGTERM")
-        return EXIT_TERMINATED
-    finally:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-        if cluster is not None:
-            cluster.close()
-        elif session is not None:
-            shutil.rmtree(session, ignore_errors=True)
-
-
-def _exit_terminated(signum: int, frame: object) -> None:
-    del signum, frame
-    raise SystemExit(EXIT_TERMINATED)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        code, text = end_of(error)
+        if code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+            raise
+        _say(replay.console, text)
+        return code
 
 
 async def _train(replay: _Replay, cluster: "Cluster") -> None:

@@ -66,6 +66,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _algorithm_contradictions(config)
     yield from _batch_contradictions(config)
     yield from _reward_contradictions(config)
+    yield from _stage_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
             "deterministic: true needs max_staleness 0 and queue.order ticket, got "
@@ -91,6 +92,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if not config.model.path and config.model.hidden_size % config.model.num_heads:
         yield f"model.hidden_size ({config.model.hidden_size}) must be a multiple of model.num_heads ({config.model.num_heads})"
+
+
+def _stage_contradictions(config: Config) -> Iterator[str]:
+    for key, stage in (("sft", config.sft), ("reward_model", config.reward_model)):
+        if stage.batch_size % stage.gradient_accumulation:
+            yield (
+                f"{key}.batch_size ({stage.batch_size}) must be a multiple of {key}.gradient_accumulation "
+                f"({stage.gradient_accumulation}), which splits it; nearest: {key}.batch_size="
+                f"{max(1, round(stage.batch_size / stage.gradient_accumulation)) * stage.gradient_accumulation}"
+            )
 
 
 _NEEDS_SIBLINGS = {

@@ -14,7 +14,7 @@ from async_rlhf.config.fields import number
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.prompts import EvaluationConfig, PromptsConfig
 from async_rlhf.config.rewards import RewardConfig
-from async_rlhf.config.stages import RewardModelConfig, SFTConfig
+from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
 from async_rlhf.config.tasks import TaskConfig
 
 
@@ -204,6 +204,7 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

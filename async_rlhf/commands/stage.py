@@ -1,0 +1,84 @@
+"""Do a stage and show its progress: on Ray, as everything else, or in this very process."""
+
+import asyncio
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from async_rlhf.commands.signals import interruptible, on_ray, until_signal
+from async_rlhf.stages.messages import StageJob, StageProgress, StageResult, StageWatch
+from async_rlhf.stages.perform import finished, perform
+
+NAMES = {"sft": "sft", "reward_model": "reward model", "relabel": "relabel"}
+
+
+def run_stage(job: StageJob, console: Console, *, in_process: bool = False) -> Path:
+    """Do the stage, or find its result in the cache, and return where it is.
+
+    Args:
+        console: a terminal gets a progress bar, anything else one line per look.
+        in_process: without Ray: a laptop's first run need not wait for a second Ray.
+    Raises:
+        ConfigError, RewardError, RunError: as the stage says. Interrupted: SIGINT or SIGTERM; the work so far is kept.
+    """
+    result = finished(job)
+    if result is None:
+        with _show(job, console) as on_progress:
+            result = _here(job, on_progress) if in_process else _on_ray(job, on_progress, console)
+    for line in result.lines:
+        say(console, line)
+    return result.target
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line as it is: no markup, no highlighting, no wrapping of paths."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def joins_a_cluster() -> bool:
+    """Whether Ray is there already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _here(job: StageJob, on_progress: Callable[[StageProgress], None]) -> StageResult:
+    with interruptible():
+        return perform(job, StageWatch(on_progress=on_progress))
+
+
+def _on_ray(job: StageJob, on_progress: Callable[[StageProgress], None], console: Console) -> StageResult:
+    with on_ray(job.config, f"{job.kind}_{os.getpid()}", lambda line: None) as cluster:
+        from actors.stage import RemoteStage
+
+        stage = RemoteStage(job, cluster, on_progress)
+        return asyncio.run(until_signal(stage.perform(), stage.stop, job.config.timeouts.stop_s))
+
+
+@contextmanager
+def _show(job: StageJob, console: Console) -> Generator[Callable[[StageProgress], None]]:
+    """A bar that counts steps in a terminal, else one line per look."""
+    name = NAMES[job.kind]
+    if not console.is_terminal:
+
+        def on_progress(progress: StageProgress) -> None:
+            if progress.note:
+                say(console, f"{name}: {progress.note}")
+            elif progress.looked:
+                say(console, f"{name} step {progress.step}: {progress.measured}, {progress.elapsed_s:.0f} s")
+
+        yield on_progress
+        return
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[measured]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        row = bar.add_task(name, total=None, measured="")
+
+        def on_progress(progress: StageProgress) -> None:
+            if progress.note:
+                say(bar.console, f"{name}: {progress.note}")
+            else:
+                bar.update(row, total=progress.max_steps, completed=progress.step, measured=progress.measured)
+
+        yield on_progress
