@@ -1,4 +1,4 @@
-"""The learned reward and the gold behind it, from the author's summaries to the held-out gold; the figures stand in docs/mini-summary.md."""
+"""The learned reward and the gold behind it, from the author's summaries on; the figures stand in docs/mini-summary.md."""
 
 from pathlib import Path
 
