@@ -9,6 +9,7 @@ from actors.engine_loop import EngineUsage
 from async_rlhf.config import Config
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
+from async_rlhf.tickets import QueueCounters
 
 if TYPE_CHECKING:
     from actors.crew import UpdateRecord
@@ -81,6 +82,12 @@ class Accounts:
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.score_moments = summary.moments
         self.last_s, self.last_usage = now, dict(record.usage)
+        self.count(counters)
+        self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
+        return row
+
+    def count(self, counters: QueueCounters) -> None:
+        """Where the groups are, and what became of those that are not trained."""
         self.queue = {
             "leased": counters.leased,
             "scoring": counters.scoring,
@@ -90,8 +97,6 @@ class Accounts:
         }
         self.dropped = {**counters.voided, **counters.dropped, **{f"refused_{why}": n for why, n in counters.refused.items()}}
         self.failed_prompts = counters.failed_prompts
-        self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
-        return row
 
     def state(self, phase: str) -> TrainingState:
         """Where the run stands now."""

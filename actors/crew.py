@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine_loop import EngineUsage
+from actors.gate import InstallGate
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
 from actors.supervision import Member, Supervisor
@@ -34,6 +35,7 @@ class Crew:
     """The last one of each living generator, by incarnation."""
     installed: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified of each install."""
+    gate: InstallGate = field(default_factory=InstallGate)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,4 +1,4 @@
-"""Evaluations between the updates: greedy answers to the held-out problems, of one version alone, on the generators there are."""
+"""Evaluations before the first and after the last update: the held-out prompts, answered by one version, on all generators at once."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,13 +6,12 @@ from contextlib import suppress
 
 from actors.crew import Crew
 from actors.engine_loop import EngineUsage
+from actors.judging import Judging
 from actors.remote import RemoteActor
 from actors.supervision import BROKEN
+from async_rlhf.config import Config
 from async_rlhf.errors import DeadlineError
-from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.prompts import encode_problem, load_encode
-from async_rlhf.run_plan import RunPlan
-from async_rlhf.tasks import load_task
+from async_rlhf.evaluation import Findings, Stage
 from async_rlhf.types import Prompt, Rollout
 
 POLL_S = 1.0
@@ -21,33 +20,26 @@ POLL_S = 1.0
 STRAGGLER_S = 15.0
 """Once one generator has the version, the others get this long to have it too; those that do not are left out."""
 
-Answer = tuple[Prompt, Rollout]
-
 
 class Evaluator:
     """Asks the generators of a crew."""
 
-    def __init__(self, plan: RunPlan, crew: Crew) -> None:
-        self._plan = plan
+    def __init__(self, config: Config, crew: Crew, prompts: Sequence[Prompt], judging: Judging) -> None:
+        self._config = config
         self._crew = crew
-        self._timeouts = plan.config.timeouts
+        self._prompts = prompts
+        self._judging = judging
+        self._timeouts = config.timeouts
 
-    async def evaluate(self, version: int) -> Evaluation:
-        """Greedy accuracy of `version` on the held-out problems; a generator that dies over them leaves its part to the others.
+    async def evaluate(self, stage: Stage, version: int) -> Findings:
+        """What `version` answers to the held-out prompts; a generator that dies over them leaves its part to the others.
 
         Raises:
-            DeadlineError: no generator gets to that version in time.
+            DeadlineError: no generator gets to that version in time. RewardError: metric or reward broke its contract.
         """
-        encode = load_encode(self._plan.model_folder)
-        open_prompts = [encode_problem(problem, encode) for problem in load_task(self._plan.config.task).held_out()]
-        answers: list[Answer] = []
-        while open_prompts:
-            actors = await self._installed(version)
-            parts = [open_prompts[index :: len(actors)] for index in range(len(actors))]
-            of_parts = await asyncio.gather(*(self._ask(actor, part, version) for actor, part in zip(actors, parts, strict=True)))
-            answers += [answer for of_part in of_parts for answer in of_part]
-            open_prompts = [prompt for part, of_part in zip(parts, of_parts, strict=True) if not of_part for prompt in part]
-        return await self._judge(answers, version)
+        greedy = await self._ask_all(version, 0.0)
+        sampled = await self._ask_all(version, self._config.generator.temperature) if self._config.evaluation.sampled else None
+        return await self._judging.find(stage, version, greedy, sampled)
 
     async def usage(self) -> dict[str, EngineUsage]:
         """The counters of every generator's engine that answers, by incarnation."""
@@ -57,25 +49,29 @@ class Evaluator:
                 counters[generator.actor.name] = await generator.actor.call("usage", timeout_s=self._timeouts.call_s)
         return counters
 
-    async def _judge(self, answers: Sequence[Answer], version: int) -> Evaluation:
-        prompts, rollouts = [prompt for prompt, _ in answers], [rollout for _, rollout in answers]
-        scores, texts = await self._crew.scorers[0].call("judge", prompts, rollouts, timeout_s=self._timeouts.score_s)
-        samples = tuple(
-            Sample(prompt=prompt.text, completion=text, expected=str(prompt.columns.get("answer", "")), score=score)
-            for prompt, text, score in zip(prompts, texts, scores, strict=True)
-        )
-        return Evaluation(version=version, temperature=0.0, samples=samples)
+    async def _ask_all(self, version: int, temperature: float) -> list[Rollout]:
+        """One completion per prompt."""
+        rollouts: dict[int, Rollout] = {}
+        while len(rollouts) < len(self._prompts):
+            actors = await self._installed(version)
+            missing = [index for index in range(len(self._prompts)) if index not in rollouts]
+            parts = [missing[place :: len(actors)] for place in range(len(actors))]
+            answers = await asyncio.gather(*(self._ask(actor, part, temperature) for actor, part in zip(actors, parts, strict=True)))
+            for of_part in answers:
+                rollouts |= of_part
+        foreign = {span.version for rollout in rollouts.values() for span in rollout.version_spans} - {version}
+        assert not foreign, f"the evaluation of version {version} was sampled by versions {sorted(foreign)} too"
+        return [rollouts[index] for index in range(len(self._prompts))]
 
-    async def _ask(self, actor: RemoteActor, prompts: Sequence[Prompt], version: int) -> list[Answer]:
-        """One generator's answers; none if it died over them."""
+    async def _ask(self, actor: RemoteActor, part: Sequence[int], temperature: float) -> dict[int, Rollout]:
+        """One generator's answers by the prompt's place; none if it died over them."""
+        prompts = [self._prompts[index] for index in part]
         try:
-            rollouts: list[Rollout] = await actor.call("evaluate", prompts, 0.0, timeout_s=self._timeouts.generate_s)
+            rollouts: list[Rollout] = await actor.call("evaluate", prompts, temperature, timeout_s=self._timeouts.generate_s)
         except BROKEN:  # its produce loop sees that too, and replaces it
             self._crew.installs.pop(actor.name, None)
-            return []
-        foreign = {span.version for rollout in rollouts for span in rollout.version_spans} - {version}
-        assert not foreign, f"the evaluation of version {version} was sampled by versions {sorted(foreign)} too"
-        return list(zip(prompts, rollouts, strict=True))
+            return {}
+        return dict(zip(part, rollouts, strict=True))
 
     async def _installed(self, version: int) -> list[RemoteActor]:
         """The generators that sample from `version`, as soon as all do, or the others take too long."""
@@ -83,7 +79,7 @@ class Evaluator:
         limit_s = self._timeouts.start_s + self._timeouts.weights_s
         while True:
             if crew.published[1] is not crew.broadcaster.actor:
-                await crew.publish(version, self._plan.config)
+                await crew.publish(version, self._config)
             actors = [generator.actor for generator in crew.generators]
             at_version = [actor for actor in actors if (report := crew.installs.get(actor.name)) and report.version >= version]
             first_s = waited_s if at_version and first_s is None else first_s

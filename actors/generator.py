@@ -2,6 +2,7 @@
 
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class Generator:
         return InstallReport(version=weights.manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
 
     def evaluate(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
-        """One completion of each prompt (temperature 0: greedy), sampled in the same engine as everything else.
+        """One completion of each prompt (temperature 0: greedy), sampled in the same engine as everything else; may be called by several.
 
         Raises:
             EngineError: the engine failed.
@@ -108,8 +109,8 @@ class Generator:
             names = [f"evaluation-{self._num_evaluations}-{index}" for index in range(len(prompts))]
             self._answers.update(dict.fromkeys(names))
         requests = [
-            SampleRequest(request_id=name, prompt_ids=prompt.token_ids, num_samples=1, seed=index, temperature=temperature)
-            for index, (name, prompt) in enumerate(zip(names, prompts, strict=True))
+            SampleRequest(request_id=name, prompt_ids=prompt.token_ids, num_samples=1, seed=_seed_of(prompt), temperature=temperature)
+            for name, prompt in zip(names, prompts, strict=True)
         ]
         self._loop.call(lambda engine: [engine.add(request) for request in requests])
         with self._changed:
@@ -172,6 +173,11 @@ class Generator:
         failure = self._loop.failure
         if failure is not None:
             raise EngineError(f"{self._incarnation}: the engine failed: {failure!r}") from failure
+
+
+def _seed_of(prompt: Prompt) -> int:
+    """The prompt's own seed, whoever is asked, and beside which others."""
+    return zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode(errors="replace"))
 
 
 def make_engine(config: Config, model_folder: Path) -> Engine:

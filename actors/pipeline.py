@@ -98,6 +98,7 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
         summary = await _next_batch(version, crew, config)
         if summary is None:
             break
+        await crew.gate.decide(version)
         taken = time.perf_counter()
         limit = config.timeouts.call_s
         shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
@@ -201,6 +202,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
         offer: Offer | None = await crew.broadcaster.call("newer_than", flow.installed, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
         if offer is None:
             continue
+        await crew.gate.passed(offer.version)
         try:
             report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew

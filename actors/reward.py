@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from async_rlhf.config import Config
 from async_rlhf.rewards import Rating, open_reward
-from async_rlhf.types import RolloutGroup
+from async_rlhf.types import Prompt, RolloutGroup
 
 
 class Rater:
@@ -33,3 +33,7 @@ class Rater:
         texts: list[str] = self._tokenizer.batch_decode(sampled, skip_special_tokens=True)
         rating = self._reward.rate(prompts, texts)
         return len(texts), rating
+
+    def rate_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The scores of single texts, for an evaluation; likewise."""
+        return self._reward.rate(prompts, texts).scores.tolist()

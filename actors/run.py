@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from actors.accounts import Accounts, Row
@@ -10,17 +11,22 @@ from actors.cast import Cast
 from actors.checkpointer import Checkpointer
 from actors.crew import Crew, UpdateRecord
 from actors.evaluator import Evaluator
+from actors.judging import Judging
 from actors.launch import Cluster
 from actors.learner_crew import LearnerCrew, LearnerParts
+from actors.live_evaluation import LiveEvaluation
 from actors.pipeline import produce, train
 from actors.replay_queue import Undone
 from actors.supervision import Supervisor, guarded
 from async_rlhf.checkpoints import discard, folders, newest
-from async_rlhf.errors import ActorLostError, LearnerLostError, RunError
-from async_rlhf.evaluation import Evaluation
+from async_rlhf.errors import ActorLostError, AsyncRLHFError, LearnerLostError, RewardError, RunError
+from async_rlhf.evaluation import Findings
+from async_rlhf.evaluation_log import read_evaluations
+from async_rlhf.opponents import find_opponent, held_out
 from async_rlhf.rollouts import export_all
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState
+from async_rlhf.winrate import load_comparer
 
 REPLAY_TOLERANCE = 4
 """A batch trained again may move the canary by this many times what rounding alone may do (another number of ranks adds up in
@@ -46,8 +52,12 @@ class Observer(Protocol):
         """What was booked after `version` will be booked again."""
         ...
 
-    def evaluated(self, name: str, evaluation: Evaluation) -> None:
-        """`start` or `final` was evaluated."""
+    def evaluated(self, findings: Findings) -> None:
+        """An evaluation is through."""
+        ...
+
+    def evaluation_dropped(self, version: int, reason: str, text: str) -> None:
+        """The one due at `version` was given up."""
         ...
 
 
@@ -82,7 +92,17 @@ class Run:
         producers = [produce(generator, crew, self._config) for generator in crew.generators]
         main = asyncio.ensure_future(self._train(crew, version))
         main.set_name("train")
-        await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+        try:
+            await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+        except RewardError:
+            await self._count_groups(crew)
+            raise
+
+    async def _count_groups(self, crew: Crew) -> None:
+        """What became of the groups that no update has booked."""
+        with suppress(AsyncRLHFError):  # the run has failed already
+            asked = crew.queue.actor.call("next_batch", self._accounts.updates, 0.0, timeout_s=self._config.timeouts.call_s)
+            self._accounts.count((await asked).counters)
 
     async def _start(self) -> tuple[Crew, int]:
         """Start all actors; ends when the learner's version is with the broadcaster."""
@@ -100,26 +120,39 @@ class Run:
         return crew, version
 
     async def _train(self, crew: Crew, version: int) -> None:
-        evaluator = Evaluator(self._plan, crew)
+        evaluator, live = self._evaluators(crew)
 
         async def on_update(record: UpdateRecord) -> None:
-            await self._on_update(crew, record)
+            await self._on_update(crew, live, record)
 
-        while True:
-            try:
-                if not crew.begun.is_set():
-                    await self._begin(evaluator, crew, version)
-                version = await train(crew, self._config, version, on_update)
-                await self._finish(evaluator, version)
-                return
-            except LearnerLostError as error:
-                version = await self._restart_learner(error)
+        try:
+            while True:
+                try:
+                    if not crew.begun.is_set():
+                        await self._begin(evaluator, crew, version)
+                        if all(row["version"] != version for row in read_evaluations(self._plan.run_folder)):
+                            live.after_update(version)
+                    version = await train(crew, self._config, version, on_update)
+                    await self._finish(evaluator, live, version)
+                    return
+                except LearnerLostError as error:
+                    await live.stop("learner_lost")
+                    version = await self._restart_learner(error)
+        finally:
+            await live.stop("run_ended")
+
+    def _evaluators(self, crew: Crew) -> tuple[Evaluator, LiveEvaluation]:
+        plan, config = self._plan, self._config
+        prompts = held_out(config, plan.model_folder)
+        comparer = load_comparer(config.evaluation.judge) if config.evaluation.winrate == "judge" else None
+        judging = Judging(plan, crew, prompts, find_opponent(config.evaluation, plan.run_folder, prompts), comparer)
+        return Evaluator(config, crew, prompts, judging), LiveEvaluation(config, crew, prompts, judging, self._observer)
 
     async def _begin(self, evaluator: Evaluator, crew: Crew, version: int) -> None:
         """Evaluate the start, unless an earlier driver did, and let tickets be taken."""
         if self._plan.evaluate_start:
             await self._record("evaluating")
-            self._evaluated("start", await evaluator.evaluate(version))
+            self._observer.evaluated(await evaluator.evaluate("start", version))
         self._accounts.begin(await evaluator.usage())
         crew.begun.set()
         self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
@@ -135,7 +168,7 @@ class Run:
         self._observer.stage(f"the learner goes on from version {version}")
         return version
 
-    async def _finish(self, evaluator: Evaluator, version: int) -> None:
+    async def _finish(self, evaluator: Evaluator, live: LiveEvaluation, version: int) -> None:
         if version == 0 and not self.stopping:
             raise RunError("the prompts ran out before a single batch was complete; lower batch_groups or give more prompts")
         await self._checkpointer.make(self._accounts.state("training"))
@@ -143,13 +176,14 @@ class Run:
         if self.stopping:
             return
         await self._record("evaluating")
-        self._evaluated("final", await evaluator.evaluate(version))
+        await live.end()
+        self._observer.evaluated(await evaluator.evaluate("final", version))
         self._observer.stage("exporting the policy")
         await self._learner.save_pretrained(self._plan.run_folder / "model")
         await asyncio.to_thread(export_all, self._plan.run_folder)
         await self._record("finished")
 
-    async def _on_update(self, crew: Crew, record: UpdateRecord) -> None:
+    async def _on_update(self, crew: Crew, live: LiveEvaluation, record: UpdateRecord) -> None:
         version = record.summary.update + 1
         tolerance = REPLAY_TOLERANCE * NOISE_NATS[self._config.generator.dtype]
         if record.booked.replay_error_nats > tolerance:
@@ -157,6 +191,7 @@ class Run:
                 f"update {version} trained again gave other weights (canary {record.booked.replay_error_nats:.3g} nats apart, allowed "
                 f"{tolerance:g}): later batches are undone"
             )
+            await live.stop("undone")
             await self._undo(crew, version, newest_faithful=version - 1)
             await self._recast(crew)
         row = self._accounts.add(record, self._supervisor.restarts)
@@ -164,6 +199,7 @@ class Run:
         self._observer.update(row, state)
         await self._checkpointer.between_updates(state)
         self._accounts.checkpoint = self._checkpointer.committed or self._accounts.checkpoint
+        live.after_update(version)
 
     async def _undo(self, crew: Crew, version: int, newest_faithful: int) -> None:
         """A new lineage from `version` on; checkpoints of the old one are no longer of this history."""
@@ -183,13 +219,6 @@ class Run:
         state = self._accounts.state(phase)
         await self._cast.state.call("record", state, timeout_s=self._config.timeouts.call_s)
         return state
-
-    def _evaluated(self, name: str, evaluation: Evaluation) -> None:
-        self._observer.stage(
-            f"{name} accuracy (greedy, {len(evaluation.samples)} held-out problems, version {evaluation.version}): "
-            f"{evaluation.accuracy:.3f}"
-        )
-        self._observer.evaluated(name, evaluation)
 
     def _on_incident(self, entry: Mapping[str, Any]) -> None:
         if entry["event"] == "lost":

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.assessor import Assessor
 from async_rlhf.config import Config
-from async_rlhf.rewards import Rating, call_reward, load_reward, open_reward
+from async_rlhf.evaluation import Sample
+from async_rlhf.rewards import Rating, load_reward, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
@@ -19,7 +21,6 @@ class Scorer:
             ConfigError: a path does not import.
         """
         self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
-        self._metric = load_reward(metric_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
@@ -27,6 +28,7 @@ class Scorer:
 
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
+        self._assessor = Assessor(self._tokenizer, load_reward(metric_path), self._reference)
 
     def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, list[ScoredGroup]]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
@@ -63,15 +65,22 @@ class Scorer:
             start = end
         return len(scored), scored
 
-    def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[float], list[str]]:
-        """The task's own metric of single completions, whatever the training reward is, and their texts: an evaluation.
+    def assess(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampled: bool) -> list[Sample]:
+        """Single completions of held-out prompts, for an evaluation; see Assessor."""
+        return self._assessor.assess(prompts, rollouts, sampled)
+
+    def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The task's own metric of texts that anybody wrote; see Assessor."""
+        return self._assessor.grade(prompts, texts)
+
+    def rate_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The run's reward of such texts.
 
         Raises:
-            RewardError: the reward function broke its contract.
+            RewardError: no score for a completion. RewardLostError: whoever should answer cannot be reached.
         """
-        texts = self._decode(rollouts)
-        scores = call_reward(self._metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
-        return [float(score) for score in scores], texts
+        assert self._reward is not None, "where reward actors rate, they are asked"
+        return self._reward.rate(prompts, texts).scores.tolist()
 
     def _decode(self, rollouts: Sequence[Rollout]) -> list[str]:
         return self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)

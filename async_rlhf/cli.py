@@ -95,13 +95,21 @@ def relabel(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder, or a run folder.")], words: Words = None
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A Hugging Face model folder, or a run folder: its final policy.")],
+    words: Words = None,
+    against: Annotated[str, typer.Option(metavar="MODEL|references", help="Whom to compare with: adds a win-rate.")] = "",
+    judge: Annotated[bool, typer.Option("--judge", help="The judge of evaluation.judge decides; default: the higher score.")] = False,
+    reference: Annotated[Path | None, typer.Option(help="Model folder to measure the KL to; default: the start of RUN.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy completions only.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Completions to print.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file for everything that was found.")] = None,
 ) -> None:
-    """Greedy and sampled accuracy of a model on held-out problems."""
-    from async_rlhf.commands.evaluate import run_evaluate
+    """Scores, win-rate and KL of a model on held-out prompts, with intervals."""
+    from async_rlhf.commands.evaluate import Wishes, run_evaluate
 
     _require_application()
-    run_evaluate(model, words or [], Console())
+    wishes = Wishes(against=against, judge=judge, reference=reference, greedy=greedy, samples=samples, out=out)
+    raise typer.Exit(run_evaluate(model, words or [], wishes, Console()))
 
 
 @app.command(name="export")

@@ -20,6 +20,8 @@ class Line:
     colour: Literal["first", "second"] = "first"
     peaks: bool = False
     """Thinning keeps each stretch's maximum instead of its last value."""
+    banded: bool = False
+    """Shades the 95 % interval, which the rows hold under the key with `_low` and `_high`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,9 @@ class Curve:
     percent: bool = False
     bounded: bool = False
     """Draws the staleness bound."""
+    level: float | None = None
+    """A value to compare with, in the axis' unit: a dashed line."""
+    level_label: str = ""
     only_where_measured: bool = False
     """Left out where no row has its metrics: it belongs to some algorithms only."""
 
@@ -178,6 +183,53 @@ CURVES = (
         percent=True,
         lines=(Line("dpo/accuracy", "best over worst"), Line("listwise/accuracy", "all pairs", "second")),
         only_where_measured=True,
+    ),
+)
+
+EVALUATION_CURVES = (
+    Curve(
+        name="evaluated-score",
+        title="Score on held-out prompts",
+        y_label="score per completion",
+        caption="By the task's own metric, on prompts that are never trained; shaded: 95 % intervals over the prompts.",
+        signed=True,
+        lines=(Line("evaluate/score", "greedy", banded=True), Line("evaluate/sampled_score", "sampled", "second", banded=True)),
+    ),
+    Curve(
+        name="evaluated-reward",
+        title="Trained reward on held-out prompts",
+        y_label="reward per completion",
+        caption="What training raises: a reward that goes on rising while the score falls is being gamed.",
+        signed=True,
+        lines=(Line("evaluate/reward", "greedy", banded=True), Line("evaluate/sampled_reward", "sampled", "second", banded=True)),
+        only_where_measured=True,
+    ),
+    Curve(
+        name="evaluated-winrate",
+        title="Win-rate",
+        y_label="wins and half the ties, %",
+        caption="Greedy completions against the opponent's, prompt by prompt; shaded: the 95 % interval.",
+        percent=True,
+        level=50.0,
+        level_label="even",
+        lines=(Line("evaluate/winrate", "policy", banded=True),),
+        only_where_measured=True,
+    ),
+    Curve(
+        name="evaluated-kl",
+        title="KL to the reference",
+        y_label="KL, nats per completion",
+        caption="Over completions sampled from held-out prompts at the training temperature; shaded: 1.96 standard errors.",
+        signed=True,
+        lines=(Line("evaluate/kl_nats", "policy", banded=True),),
+        only_where_measured=True,
+    ),
+    Curve(
+        name="evaluated-length",
+        title="Length of held-out completions",
+        y_label="tokens per completion",
+        caption="A win-rate that rises together with the length may be won by length alone.",
+        lines=(Line("evaluate/length_tokens", "greedy"), Line("evaluate/sampled_length_tokens", "sampled", "second")),
     ),
 )
 

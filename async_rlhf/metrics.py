@@ -25,6 +25,45 @@ class Metric:
     meaning: str
 
 
+EVALUATED: Mapping[str, Metric] = {
+    key: Metric("last", meaning)
+    for key, meaning in {
+        "evaluate/score": "mean score of the greedy completions by the task's own metric",
+        "evaluate/score_low": "its 95 % interval: Wilson's where every score is 0 or 1, else the bootstrap's over prompts",
+        "evaluate/score_high": "likewise",
+        "evaluate/score_change": "mean over prompts of score minus the same prompt's score at the start",
+        "evaluate/score_change_low": "its 95 % interval, bootstrap over prompts",
+        "evaluate/score_change_high": "likewise",
+        "evaluate/score_change_p": "sign test of the prompts that got better against those that got worse",
+        "evaluate/reward": "mean reward of the greedy completions, where the run's reward is not the metric",
+        "evaluate/reward_low": "its 95 % interval",
+        "evaluate/reward_high": "likewise",
+        "evaluate/length_tokens": "tokens per greedy completion",
+        "evaluate/stopped_share": "share of greedy completions that ended with the end-of-sequence token",
+        "evaluate/cut_share": "share of greedy completions cut by the length limit",
+        "evaluate/winrate": "wins plus half the ties, as a share of the prompts",
+        "evaluate/winrate_low": "its 95 % interval: Wilson's without ties, else the bootstrap's over prompts",
+        "evaluate/winrate_high": "likewise",
+        "evaluate/winrate_ties": "prompts on which neither completion was better",
+        "evaluate/winrate_p": "sign test of wins against losses",
+        "evaluate/sampled_score": "mean score of the completions sampled at the training temperature",
+        "evaluate/sampled_score_low": "its 95 % interval",
+        "evaluate/sampled_score_high": "likewise",
+        "evaluate/sampled_reward": "mean reward of the sampled completions, where the run's reward is not the metric",
+        "evaluate/sampled_reward_low": "its 95 % interval",
+        "evaluate/sampled_reward_high": "likewise",
+        "evaluate/sampled_length_tokens": "tokens per sampled completion",
+        "evaluate/sampled_stopped_share": "share of sampled completions that ended with the end-of-sequence token",
+        "evaluate/sampled_cut_share": "share of sampled completions cut by the length limit",
+        "evaluate/kl_nats": "KL(policy || reference) per sampled completion, k1 estimate",
+        "evaluate/kl_error_nats": "its standard error over completions",
+        "evaluate/kl_nats_low": "1.96 standard errors below",
+        "evaluate/kl_nats_high": "1.96 standard errors above",
+        "evaluate/kl_token_nats": "the same divergence per token: all nats over all tokens",
+    }.items()
+}
+"""Of an evaluation, not of an update; see evaluation.py."""
+
 METRICS: Mapping[str, Metric] = {
     "reward/mean": Metric("mean", "mean score of all completions sampled since the last batch, replaced ties included"),
     "reward/batch_mean": Metric("mean", "mean score of the batch's completions"),
@@ -82,6 +121,7 @@ METRICS: Mapping[str, Metric] = {
     "weights/install_s": Metric("mean", "slowest generator's last install, canary included"),
     "supervision/restarts": Metric("mean", "restarts of any part of the crew by this driver, so far"),
     "weights/canary_error_nats": Metric("mean", "largest canary error of the last installs"),
+    **EVALUATED,
 }
 
 PART = "reward/part/"

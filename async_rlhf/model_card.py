@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from async_rlhf.config import Config
+from async_rlhf.evaluation_log import read_samples
 from async_rlhf.hub import HUB_ID
-from async_rlhf.recorder import read_rows, read_samples
+from async_rlhf.recorder import read_rows
 from async_rlhf.state import TrainingState, read_state, write_atomically
 
 CARD = "README.md"

@@ -2,7 +2,8 @@
 
 config.yaml      the resolved config            metrics.jsonl   one row per update
 state.json       where the run stands           tensorboard/    the same rows as event files
-summary.json     the machine-readable last word samples.json    the held-out problems, before and after
+summary.json     the machine-readable last word samples.json    completions of held-out prompts, before and after
+evaluations.jsonl one row per evaluation        opponents.json  the completions that win-rates compare with
 report.html      the page for people            model/          the final policy, a Hugging Face folder
 origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
 LOCK             held by the living driver      heartbeat       touched by it
@@ -13,13 +14,14 @@ rollouts/        what left the journal: a dataset, one row per completion
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.errors import ConfigError
-from async_rlhf.evaluation import Evaluation
+from async_rlhf.evaluation import Findings
+from async_rlhf.evaluation_log import EvaluationLog
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import write_atomically
 
@@ -62,14 +64,19 @@ class Recorder:
         self.folder = folder
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = Writer(str(folder / "tensorboard"))
+        self._evaluations = EvaluationLog(folder)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one update's row; a reader sees whole lines at once."""
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
-        for key, value in row.items():
-            if "/" in key:
-                self._events.add_scalar(key, value, int(row["version"]))
+        self._add_scalars(row)
+
+    def write_evaluation(self, findings: Findings) -> Mapping[str, Any]:
+        """Write an evaluation; returns its row."""
+        row = self._evaluations.write(findings)
+        self._add_scalars(row)
+        return row
 
     def write_incident(self, entry: Mapping[str, Any]) -> None:
         """Append one entry to incidents.jsonl."""
@@ -77,37 +84,27 @@ class Recorder:
             lines.write(json.dumps(entry) + "\n")
 
     def cut_after(self, version: int) -> None:
-        """Take back the rows after `version`: their updates will be trained again."""
+        """Take back the rows, and evaluations, after `version`: their updates will be trained again."""
         self._lines.close()
         rows = [row for row in read_rows(self.folder) if row["version"] <= version]
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._evaluations.cut_after(version)
 
     def close(self) -> None:
         """Flush and close both files."""
         self._lines.close()
         self._events.close()
 
+    def _add_scalars(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if "/" in key:
+                self._events.add_scalar(key, value, int(row["version"]))
+
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     """The machine-readable last word of a run."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def write_samples(folder: Path, name: str, evaluation: Evaluation) -> None:
-    """An evaluation, `start` or `final`, problem by problem, beside the other one."""
-    write_atomically(folder / "samples.json", json.dumps({**read_samples(folder), name: asdict(evaluation)}) + "\n")
-
-
-def read_samples(folder: Path) -> dict[str, Any]:
-    """The evaluations of a run so far, by name."""
-    file = folder / "samples.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def read_accuracies(folder: Path) -> dict[str, float]:
-    """Their mean scores."""
-    return {name: sum(sample["score"] for sample in of["samples"]) / len(of["samples"]) for name, of in read_samples(folder).items()}
 
 
 def write_origin(plan: RunPlan) -> None:

@@ -2,16 +2,15 @@
 
 # matplotlib leaves the types of its keyword arguments open.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from async_rlhf.curves import CURVES, Curve, Line, part_curves
+from async_rlhf.svg import COLOURS, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,12 +26,7 @@ DRAWABLE = 1e30
 """Larger values, like infinite ones, leave a gap: they would overflow the axis."""
 MAX_LINEAR_RATIO = 8.0
 """Two lines whose largest values lie further apart than this share a logarithmic axis."""
-SIZE_INCHES = (4.9, 2.3)
-AXES = (0.17, 0.2, 0.81, 0.75)
-"""Left, bottom, width and height in the figure: fixed, because a layout found by trial draws everything twice."""
-
-# matplotlib writes these; the page's style sheet gives each its colour in light and in dark mode.
-COLOURS = {"first": "#010101", "second": "#020202", "muted": "#030303", "grid": "#040404"}
+BAND_ALPHA = 0.16
 
 
 def render_curves(rows: Sequence[Row], bound: int | None) -> str:
@@ -44,10 +38,19 @@ def render_curves(rows: Sequence[Row], bound: int | None) -> str:
     """
     if not rows:
         return '<p class="note">no updates yet</p>'
+    return f'<div class="curves">{draw_curves((*CURVES, *part_curves(rows)), rows, bound)}</div>{_notes(rows)}'
+
+
+def draw_curves(curves: Sequence[Curve], rows: Sequence[Row], bound: int | None) -> str:
+    """One HTML figure for each of the curves, those without data left out where they ask for it.
+
+    Args:
+        rows: one per version, in order.
+        bound: see render_curves.
+    """
     measured = {key for row in rows for key in row}
-    shown = [curve for curve in CURVES if not curve.only_where_measured or measured & {line.key for line in curve.lines}]
-    figures = "".join(_figure(curve, rows, bound) for curve in (*shown, *part_curves(rows)))
-    return f'<div class="curves">{figures}</div>{_notes(rows)}'
+    shown = [curve for curve in curves if not curve.only_where_measured or measured & {line.key for line in curve.lines}]
+    return "".join(_figure(curve, rows, bound) for curve in shown)
 
 
 def running_mean(values: Values, window: int) -> Values:
@@ -95,7 +98,7 @@ def _notes(rows: Sequence[Row]) -> str:
 
 
 def _figure(curve: Curve, rows: Sequence[Row], bound: int | None) -> str:
-    drawn = {line.key: _series(rows, line.key) for line in curve.lines if any(line.key in row for row in rows)}
+    drawn = {line.key for line in curve.lines if any(line.key in row for row in rows)}
     head = f'<figure id="curve-{curve.name}"><h3>{escape(curve.title)}</h3>'
     foot = f"<figcaption>{escape(curve.caption)}</figcaption></figure>"
     if not drawn:
@@ -106,27 +109,34 @@ def _figure(curve: Curve, rows: Sequence[Row], bound: int | None) -> str:
             last = rows[-1].get(line.key, math.nan)
             shown = f"{last:.0%}" if curve.percent else f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3g}"
             legend.append(f'<span><i class="key {line.colour}"></i>{escape(line.label)}, last {shown}</span>')
+    if curve.level is not None:
+        legend.append(f'<span><i class="key dashed"></i>{escape(curve.level_label)}</span>')
     if curve.bounded and bound is not None:
         legend.append(f'<span><i class="key dashed"></i>bound {bound}</span>')
-    return f'{head}<p class="legend">{"".join(legend)}</p>{_svg(curve, drawn, _series(rows, "version"), bound)}{foot}'
+    return f'{head}<p class="legend">{"".join(legend)}</p>{_svg(curve, rows, bound)}{foot}'
 
 
-def _svg(curve: Curve, drawn: Mapping[str, Values], versions: Values, bound: int | None) -> str:
-    # Imported here: `async-rlhf --help` must not wait for matplotlib.
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def _svg(curve: Curve, rows: Sequence[Row], bound: int | None) -> str:
+    drawn = {line.key: _series(rows, line.key) for line in curve.lines if any(line.key in row for row in rows)}
+    versions = _series(rows, "version")
 
-    text = io.StringIO()
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "async-rlhf", "font.size": 8.5, "axes.formatter.limits": (-3, 5)}
-    with rc_context(settings):
-        figure = Figure(figsize=SIZE_INCHES)
-        axes = figure.add_axes(AXES)
+    def draw(axes: "Axes") -> None:
         for line in curve.lines:
             if line.key in drawn:
+                if line.banded:
+                    _shade(axes, curve, line, versions, rows)
                 _plot(axes, curve, line, versions, drawn[line.key])
         _dress(axes, curve, drawn, bound)
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _inline(text.getvalue(), curve)
+
+    return draw_svg(curve.name, f"{curve.title}, {curve.y_label}, over the policy version. {curve.caption}", draw)
+
+
+def _shade(axes: "Axes", curve: Curve, line: Line, versions: Values, rows: Sequence[Row]) -> None:
+    """The interval around a line."""
+    low, high = (_series(rows, f"{line.key}_{end}") * (100.0 if curve.percent else 1.0) for end in ("low", "high"))
+    at = _ends(len(versions))
+    gid = f"{curve.name}:{line.key}:interval"
+    axes.fill_between(versions[at], low[at], high[at], color=COLOURS[line.colour], alpha=BAND_ALPHA, linewidth=0, gid=gid)
 
 
 def _plot(axes: "Axes", curve: Curve, line: Line, versions: Values, values: Values) -> None:
@@ -145,14 +155,12 @@ def _dress(axes: "Axes", curve: Curve, drawn: Mapping[str, Values], bound: int |
     axes.set_xlabel("policy version (updates)", color=COLOURS["muted"])
     axes.set_ylabel(curve.y_label, color=COLOURS["muted"])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.tick_params(color=COLOURS["grid"], labelcolor=COLOURS["muted"], which="both")
-    axes.grid(True, axis="y", color=COLOURS["grid"], linewidth=0.7)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(COLOURS["grid"])
     largest = [float(np.nanmax(values)) for values in drawn.values() if np.any(values > 0)]
     if curve.bounded and bound is not None:
         axes.axhline(bound, color=COLOURS["muted"], linestyle=(0, (4, 3)), linewidth=1.2, gid=f"{curve.name}:bound")
         largest.append(bound)
+    if curve.level is not None:
+        axes.axhline(curve.level, color=COLOURS["muted"], linestyle=(0, (4, 3)), linewidth=1.2, gid=f"{curve.name}:level")
     if len(largest) > 1 and not (curve.signed or curve.percent or curve.bounded) and max(largest) > MAX_LINEAR_RATIO * min(largest):
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylabel(f"{curve.y_label} (log)", color=COLOURS["muted"])
@@ -163,17 +171,3 @@ def _dress(axes: "Axes", curve: Curve, drawn: Mapping[str, Values], bound: int |
         axes.set_ylim(-2, 102)
     elif not curve.signed:
         axes.set_ylim(0, max([*largest, 1e-9]) * 1.08 if largest else 1.0)
-
-
-def _inline(svg: str, curve: Curve) -> str:
-    """The bare <svg> element: page colours, own ids, two decimals, and no address of any kind."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\s(?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;]*;", "", svg).replace("xlink:href", "href")
-    for name, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
-    svg = re.sub(r'(\sid="|"#|url\(#)', rf"\g<1>{curve.name}-", svg)
-    about = f"{curve.title}, {curve.y_label}, over the policy version. {curve.caption}"
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(about)}"', 1).replace(">", f"><title>{escape(about)}</title>", 1)

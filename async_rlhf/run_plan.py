@@ -29,6 +29,11 @@ class RunPlan:
     """False: the start was evaluated by an earlier driver."""
 
     @property
+    def separate_reward(self) -> bool:
+        """Whether training goes by anything else than the task's own metric."""
+        return bool(self.config.reward.parts) or self.reward != self.metric
+
+    @property
     def run_id(self) -> str:
         """Names the run in its state, its summary and Ray's namespace."""
         return self.run_folder.name

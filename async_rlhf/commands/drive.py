@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -25,10 +26,13 @@ from async_rlhf.commands.signals import (
     on_ray,
     until_signal,
 )
-from async_rlhf.evaluation import Evaluation
+from async_rlhf.evaluation import Findings, headline
+from async_rlhf.evaluation_log import read_accuracies
+from async_rlhf.evaluation_summary import summarize_evaluations
 from async_rlhf.model_card import write_card
+from async_rlhf.opponents import sample_opponent
 from async_rlhf.progress import Progress
-from async_rlhf.recorder import Recorder, read_accuracies, write_samples, write_summary
+from async_rlhf.recorder import Recorder, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState, write_atomically
@@ -62,6 +66,8 @@ class _Watcher:
     def __init__(self, progress: Progress, recorder: Recorder) -> None:
         self._progress = progress
         self.recorder = recorder
+        self.evaluations_dropped: Counter[str] = Counter()
+        """By this driver: reason -> count."""
 
     def stage(self, text: str) -> None:
         self._progress.stage(text)
@@ -76,8 +82,13 @@ class _Watcher:
     def incident(self, entry: Mapping[str, Any]) -> None:
         self.recorder.write_incident(entry)
 
-    def evaluated(self, name: str, evaluation: Evaluation) -> None:
-        write_samples(self.recorder.folder, name, evaluation)
+    def evaluated(self, findings: Findings) -> None:
+        row = self.recorder.write_evaluation(findings)
+        self._progress.stage(headline(findings, row))
+
+    def evaluation_dropped(self, version: int, reason: str, text: str) -> None:
+        self.evaluations_dropped[reason] += 1
+        self._progress.stage(f"the evaluation at version {version} is dropped: {text}")
 
 
 def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
@@ -94,6 +105,7 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     write_atomically(folder / "state.json", accounts.state("starting").to_json())
     end = (EXIT_OK, "")
     try:
+        sample_opponent(plan.config, folder, watcher.stage)
         with on_ray(plan.config, plan.run_id, watcher.stage, logs=folder / "logs") as cluster:
             _write_ray_address(folder, cluster.address, cluster.namespace)
             _run(plan, cluster, accounts, watcher)
@@ -102,7 +114,8 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
         if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
             (folder / "error.txt").write_text(f"{traceback.format_exc()}\n{_who_waits()}\n", encoding="utf-8")
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
-    return end[0], _summary(plan, accounts, end, time.perf_counter() - started_s)
+    summary = _summary(plan, accounts, end, time.perf_counter() - started_s)
+    return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped)}
 
 
 def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> None:
@@ -132,6 +145,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "error": end[1],
         "start_accuracy": accuracy.get("start"),
         "final_accuracy": accuracy.get("final"),
+        **summarize_evaluations(plan.run_folder, separate_reward=plan.separate_reward),
         "max_staleness": plan.config.max_staleness,
         "staleness_max": accounts.staleness_max,
         "updates": accounts.updates,

@@ -1,21 +1,36 @@
-"""`async-rlhf eval`: greedy and sampled accuracy of a finished model on held-out problems."""
+"""`async-rlhf eval`: what a finished model answers to the held-out prompts, in numbers and in words."""
 
+import json
 import os
+import time
 import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
 
+from async_rlhf.commands.evaluation_table import print_findings
+from async_rlhf.commands.resume import read_origin
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
-from async_rlhf.errors import ConfigError
-from async_rlhf.evaluation import Evaluation, Sample
+from async_rlhf.errors import ConfigError, RewardError, RewardLostError
+from async_rlhf.evaluation import Evaluation, Findings, measure
+from async_rlhf.evaluation_log import read_evaluation
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.prompts import encode_problem, load_encode
-from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.opponents import REFERENCES, Opponent, ask_model, held_out, opponent_of, outcomes_by_judge, outcomes_by_score, references
+from async_rlhf.rewards import Reward, absolute_reward, load_reward, open_reward
+from async_rlhf.state import write_atomically
 from async_rlhf.tasks import load_task
-from async_rlhf.types import InstallReport, WeightsVersion
+from async_rlhf.types import Prompt, Rollout
+from async_rlhf.winrate import load_comparer
+
+if TYPE_CHECKING:
+    from actors.assessor import Assessor
+    from actors.generator import Generator
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -26,67 +41,227 @@ ENVIRONMENT = {
     "DS_LOG_LEVEL": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+LOOK_S = 0.2
+"""Seconds between two looks at how far the sampling is."""
 
 
-def run_evaluate(model: Path, words: list[str], console: Console) -> None:
-    """Sample one completion per held-out problem, greedily and at the training temperature, and print the accuracies.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What the command line asks for beside the config."""
+
+    against: str = ""
+    """`references`, a model folder, or empty: what the config says."""
+    judge: bool = False
+    reference: Path | None = None
+    greedy: bool = False
+    samples: int = 5
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """Who is evaluated, and by what."""
+
+    folder: Path
+    """Of the model."""
+    config: Config
+    metric: str
+    reward: str
+    """Import path, like the metric's; the same where the run trains the metric."""
+    reference: Path | None
+    """Model that the divergence is measured from; None: it is not."""
+    start: Evaluation | None
+    """The run's completions before its first update; None: no run, or it has none."""
+
+    @property
+    def rated(self) -> bool:
+        """Whether there is a reward that is not the metric."""
+        return bool(self.config.reward.parts) or self.reward != self.metric
+
+
+def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console) -> int:
+    """Sample one completion per held-out prompt, greedily and at the training temperature, and print what they are worth.
 
     Args:
         model: a Hugging Face folder, or a run folder: then its final policy, under its own config.
         words: config files and overrides, as for `train`.
+    Returns:
+        The process's exit code: 0, or 1 where the judge failed.
     Raises:
-        ConfigError: no model there, or a wrong setting.
+        ConfigError: no model there, or a wrong setting. RunError: the opponent could not be asked.
     """
-    folder, config = _resolve(model, words)
-    check_model_folder(folder)
+    subject = _resolve(model, words, wishes)
+    config = subject.config
+    prompts = held_out(config, subject.folder)
+    opponent = _opponent(config, prompts, console)
     # Before the engine is imported: it reads them then.
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    console.print(f"model: {folder} ({config.generator.engine})", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title=f"held-out accuracy, task {config.task.name}")
-    for heading in ("sampling", "accuracy", "problems", "tokens / completion"):
-        table.add_column(heading, justify="left" if heading == "sampling" else "right")
-    for name, evaluation, length in _evaluate(folder, config):
-        table.add_row(name, f"{evaluation.accuracy:.3f}", str(len(evaluation.samples)), f"{length:.1f}")
-    console.print(table)
+    _say(console, f"model: {subject.folder} ({config.generator.engine}), task {config.task.name}, {len(prompts)} held-out prompts")
+    assessor = _assessor(subject)
+    findings = _find(subject, prompts, assessor, wishes, console)
+    findings = _rated_and_compared(subject, prompts, findings, opponent, assessor)
+    numbers = measure(findings, subject.start)
+    print_findings(console, findings, numbers, opponent, wishes.samples)
+    if wishes.out is not None:
+        _write(wishes.out, subject, findings, numbers)
+        _say(console, f"written: {wishes.out}")
+    return 1 if findings.problem else 0
 
 
-def _resolve(model: Path, words: list[str]) -> tuple[Path, Config]:
+def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
     files, overrides = split_arguments(words)
-    if (model / "summary.json").is_file() or (model / "metrics.jsonl").is_file():
-        if not (model / "model").is_dir():
-            raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
-        return (model / "model").resolve(), load_config([model / "config.yaml", *files], overrides).config
-    return model.resolve(), load_config(files, overrides).config
+    of_run = (model / "summary.json").is_file() or (model / "metrics.jsonl").is_file()
+    if of_run and not (model / "model").is_dir():
+        raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
+    config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)
+    folder = (model / "model" if of_run else model).resolve()
+    check_model_folder(folder)
+    if of_run:
+        origin = read_origin(model)
+        metric, reward, reference = origin["metric"], origin["reward"], Path(origin["model_folder"])
+    else:
+        metric, reference = load_task(config.task).reward, None
+        reward = absolute_reward(config.reward.function) if config.reward.function else metric
+    reference = None if wishes.greedy else wishes.reference or reference
+    if reference is not None:
+        check_model_folder(reference)
+        _check_same_tokens(folder, reference)
+    start = read_evaluation(model, "start") if of_run else None
+    return Subject(folder=folder, config=config, metric=metric, reward=reward, reference=reference, start=start)
 
 
-def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float]]:
-    """(name, evaluation, mean completion length in tokens) for greedy and for sampled completions."""
+def _wished(config: Config, wishes: Wishes) -> Config:
+    """The config with whom to compare, and who decides, as the command line has it."""
+    evaluation = config.evaluation
+    if wishes.judge and not (evaluation.judge.url and evaluation.judge.model):
+        raise ConfigError("--judge needs evaluation.judge.url=... and evaluation.judge.model=...")
+    if wishes.against:
+        against = "" if wishes.against == REFERENCES else str(Path(wishes.against).resolve())
+        decides = evaluation.winrate if evaluation.winrate != "off" else "metric"
+        evaluation = replace(evaluation, against=against, winrate=decides)
+    if wishes.judge:
+        evaluation = replace(evaluation, winrate="judge")
+    if evaluation.against:
+        check_model_folder(Path(evaluation.against))
+    return replace(config, evaluation=evaluation)
+
+
+def _check_same_tokens(policy: Path, reference: Path) -> None:
     from transformers import AutoTokenizer
 
+    own, other = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (policy, reference))
+    if own != other:
+        raise ConfigError(
+            f"the KL to {reference} cannot be measured: its tokens ({len(other)}) are not those of {policy} ({len(own)}); give "
+            "--reference a model with the policy's own tokenizer"
+        )
+
+
+def _opponent(config: Config, prompts: Sequence[Prompt], console: Console) -> Opponent | None:
+    if config.evaluation.winrate == "off":
+        return None
+    if not config.evaluation.against:
+        return references(prompts)
+    _say(console, f"sampling greedy completions of {config.evaluation.against}, to compare with")
+    return opponent_of(config.evaluation.against, ask_model(Path(config.evaluation.against), config), prompts)
+
+
+def _assessor(subject: Subject) -> "Assessor":
+    from transformers import AutoTokenizer
+
+    from actors.assessor import Assessor
+    from actors.reference import ReferencePolicy
+
+    reference = ReferencePolicy(subject.reference, subject.config) if subject.reference is not None else None
+    return Assessor(AutoTokenizer.from_pretrained(subject.folder), load_reward(subject.metric), reference)
+
+
+def _find(subject: Subject, prompts: Sequence[Prompt], assessor: "Assessor", wishes: Wishes, console: Console) -> Findings:
+    """Greedy and, unless it is not wanted, sampled completions, judged."""
     from actors.generator import Generator
     from async_rlhf.snapshot import snapshot_of_folder
 
-    task, encode = load_task(config.task), load_encode(folder)
-    prompts = [encode_problem(problem, encode) for problem in task.held_out()]
-    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(task.reward)
+    config = subject.config
     # Before the engine: vLLM changes transformers' own classes for some architectures.
-    weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
-    generator = Generator(config, str(folder), "eval")
-    results: list[tuple[str, Evaluation, float]] = []
+    weights = snapshot_of_folder(subject.folder, config.generator.dtype)
+    generator = Generator(config, str(subject.folder), "eval")
+    temperatures = [0.0] if wishes.greedy else [0.0, config.generator.temperature]
+    found: list[Evaluation] = []
     try:
-        report: InstallReport = generator.install(weights)
-        for name, temperature in (("greedy", 0.0), (f"temperature {config.generator.temperature:g}", config.generator.temperature)):
-            rollouts = generator.evaluate(prompts, temperature)
-            texts = tokenizer.batch_decode([r.completion_ids.tolist() for r in rollouts], skip_special_tokens=True)
-            scores = call_reward(metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
-            samples = tuple(
-                Sample(prompt=p.text, completion=text, expected=str(p.columns.get("answer", "")), score=float(score))
-                for p, text, score in zip(prompts, texts, scores, strict=True)
-            )
-            evaluation = Evaluation(version=report.version, temperature=temperature, samples=samples)
-            results.append((name, evaluation, sum(len(r.completion_ids) for r in rollouts) / len(rollouts)))
+        generator.install(weights)
+        for temperature in temperatures:
+            rollouts = _sample(generator, prompts, temperature, console)
+            samples = assessor.assess(prompts, rollouts, temperature > 0)
+            found.append(Evaluation(version=0, temperature=temperature, samples=tuple(samples)))
     finally:
         generator.close()
-    return results
+    return Findings(stage="final", version=0, greedy=found[0], sampled=found[1] if len(found) > 1 else None)
+
+
+def _sample(generator: "Generator", prompts: Sequence[Prompt], temperature: float, console: Console) -> list[Rollout]:
+    """All completions at once; a bar in a terminal shows how many are there."""
+    before = generator.usage().num_completions
+    with ThreadPoolExecutor(1) as pool, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("greedy" if not temperature else f"temperature {temperature:g}", total=len(prompts))
+        sampling = pool.submit(generator.evaluate, prompts, temperature)
+        while not sampling.done():
+            progress.update(bar, completed=generator.usage().num_completions - before)
+            time.sleep(LOOK_S)
+        return sampling.result()
+
+
+def _rated_and_compared(
+    subject: Subject, prompts: Sequence[Prompt], findings: Findings, opponent: Opponent | None, assessor: "Assessor"
+) -> Findings:
+    """With the run's reward of each completion and, where there is an opponent, the outcome; or with the reason why there is none."""
+    config, reward = subject.config, None
+    try:
+        if subject.rated:
+            reward = open_reward(config.reward, subject.reward)
+            sampled = None if findings.sampled is None else _rated(reward, prompts, findings.sampled)
+            findings = replace(findings, greedy=_rated(reward, prompts, findings.greedy), sampled=sampled)
+        if opponent is None:
+            return findings
+        samples, completions = findings.greedy.samples, opponent.completions
+        theirs = [completion or "" for completion in completions]
+        if config.evaluation.winrate == "judge":
+            outcomes = outcomes_by_judge(load_comparer(config.evaluation.judge), prompts, samples, completions)
+        elif config.evaluation.winrate == "reward" and reward is not None:
+            ratings = reward.rate(prompts, theirs).scores.tolist()
+            outcomes = outcomes_by_score([sample.reward or 0.0 for sample in samples], ratings, completions)
+        else:
+            outcomes = outcomes_by_score(findings.greedy.scores, assessor.grade(prompts, theirs), completions)
+    except (RewardError, RewardLostError) as error:
+        return replace(findings, problem=str(error))
+    finally:
+        if reward is not None:
+            reward.close()
+    compared = tuple(replace(sample, outcome=outcome) for sample, outcome in zip(samples, outcomes, strict=True))
+    return replace(findings, greedy=replace(findings.greedy, samples=compared), opponent=opponent.name)
+
+
+def _rated(reward: Reward, prompts: Sequence[Prompt], evaluation: Evaluation) -> Evaluation:
+    scores = reward.rate(prompts, [sample.completion for sample in evaluation.samples]).scores.tolist()
+    pairs = zip(evaluation.samples, scores, strict=True)
+    return replace(evaluation, samples=tuple(replace(sample, reward=score) for sample, score in pairs))
+
+
+def _write(file: Path, subject: Subject, findings: Findings, numbers: Mapping[str, float]) -> None:
+    found = {
+        "model": str(subject.folder),
+        "task": subject.config.task.name,
+        "temperature": subject.config.generator.temperature,
+        "reference": str(subject.reference) if subject.reference else None,
+        "opponent": findings.opponent or None,
+        "decided_by": subject.config.evaluation.winrate if findings.opponent else None,
+        "numbers": dict(numbers),
+        "samples": [asdict(sample) for sample in findings.greedy.samples],
+        "sampled": [asdict(sample) for sample in findings.sampled.samples] if findings.sampled else [],
+    }
+    write_atomically(file.resolve(), json.dumps(found, indent=1) + "\n")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
+from async_rlhf.opponents import check_opponent, held_out, with_absolute_against
 from async_rlhf.recorder import HIDDEN, without_secrets
 from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
@@ -65,6 +66,8 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         reward = absolute_reward(config.reward.function) or origin["metric"]
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
+    config = with_absolute_against(config)
+    check_opponent(config.evaluation, held_out(config, model_folder))
     undo = any(_changes_training(change) for change in changed)
     at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
     _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))

@@ -12,6 +12,7 @@ from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
+from async_rlhf.opponents import check_opponent, held_out, with_absolute_against
 from async_rlhf.recorder import make_run_folder, write_origin
 from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
@@ -42,6 +43,8 @@ def run_train(config: Config, console: Console) -> int:
     config = with_own_proxies(config, console)
     if config.algorithm.ppo.critic.path:
         check_critic_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
+    config = with_absolute_against(config)
+    check_opponent(config.evaluation, held_out(config, model_folder))
     folder = make_run_folder(config)
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     plan = RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=reward, metric=metric)

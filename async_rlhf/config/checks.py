@@ -65,6 +65,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _group_contradictions(config)
     yield from _algorithm_contradictions(config)
     yield from _batch_contradictions(config)
+    yield from _evaluation_contradictions(config)
     yield from _reward_contradictions(config)
     yield from _stage_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
@@ -145,6 +146,17 @@ def _algorithm_contradictions(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.correction_cap belongs to the corrections truncated and masked, got {algorithm.correction_cap:g} with "
             f"{algorithm.correction}; leave it out"
+        )
+
+
+def _evaluation_contradictions(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.against and evaluation.winrate == "off":
+        yield "evaluation.against names a model to compare with, but evaluation.winrate is off; set it to metric, reward or judge"
+    if evaluation.winrate == "judge" and not (evaluation.judge.url and evaluation.judge.model):
+        yield (
+            "evaluation.winrate judge needs evaluation.judge.url and evaluation.judge.model, got "
+            f"{evaluation.judge.url!r} and {evaluation.judge.model!r}"
         )
 
 

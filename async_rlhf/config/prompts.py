@@ -68,13 +68,15 @@ class EvaluationConfig:
     every_updates: int = number(0, ge=0, le=10_000_000)
     """Updates between two evaluations while training goes on; 0: none between."""
     num_prompts: int = number(0, ge=0, le=10_000_000)
-    """Held-out prompts asked; 0: all."""
+    """Held-out prompts asked, the first ones; 0: all."""
+    max_inflight: int = number(8, ge=1, le=65536)
+    """Completions of an evaluation sampled at once beside the training ones, all generators together."""
     sampled: bool = False
     """Also sample at the training temperature, and estimate the KL to the reference there."""
     sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     """Held-out rows of their own; empty: those kept from `prompts.sources` or from the task."""
-    winrate: Literal["off", "reward", "judge"] = "off"
-    """Who decides which of two completions is better."""
+    winrate: Literal["off", "metric", "reward", "judge"] = "off"
+    """Who decides which of two completions is better: a higher score of the task's metric, of the run's reward, or a judge."""
     against: str = ""
-    """Model folder whose greedy completions are the opponents; empty: the references of `completion_column`."""
+    """Model folder whose greedy completions are the opponents; empty: the references (see `completion_column`)."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -128,4 +128,5 @@ def test_reward_that_always_raises_ends_the_run_as_bad_input_and_says_why(tmp_pa
     assert summary["exit"] == "failed" and summary["updates"] == 0
     assert "KeyError: 'no such judge'" in summary["error"] and f"{FAILURES_BEFORE_THE_END} of " in summary["error"]
     assert "no such judge" in run.last_words()
+    assert summary["dropped"]["failed"] == len(summary["failed_prompts"]) >= FAILURES_BEFORE_THE_END - 1, "no update booked them"
     assert run.leftovers() == []

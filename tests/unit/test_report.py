@@ -14,9 +14,12 @@ import pytest
 
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.recorder import write_samples, write_summary
-from async_rlhf.report import MAX_SAMPLES, MAX_TEXT, visible, wilson_interval, write_report
+from async_rlhf.evaluation_log import write_samples
+from async_rlhf.recorder import write_summary
+from async_rlhf.report import write_report
 from async_rlhf.report_curves import CURVES, MAX_POINTS, running_mean, thin
+from async_rlhf.report_samples import MAX_SAMPLES
+from async_rlhf.report_text import MAX_TEXT, visible
 from async_rlhf.state import TrainingState
 
 CONFIG = "updates: 9\nmax_staleness: 2\nalgorithm:\n  minibatches_per_batch: 1\n  name: rloo\n  dpo:\n    beta: 0.1\nenv: {}\n"
@@ -231,7 +234,7 @@ def test_interrupted_run_says_so(tmp_path: Path) -> None:
     assert '<span class="badge warn">interrupted</span>' in text
     assert "ended by SIGINT" in text
     assert "Held-out accuracy is not known" in text
-    assert "No sample problems" in text
+    assert "No completions to show yet" in text
 
 
 @pytest.mark.parametrize(("status", "colour"), [("success", "good"), ("failed", "bad"), ("terminated", "warn")])
@@ -330,33 +333,15 @@ def test_unchanged_problems_follow_wrong_ones_first_and_an_empty_answer_is_named
     assert rows[1][3] == "\u2717 (empty)"
 
 
-def test_scores_that_are_not_zero_or_one_get_no_wilson_interval(tmp_path: Path) -> None:
+def test_scores_that_are_not_zero_or_one_are_shown_as_scores_with_a_bootstrap_interval(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
-    write_both(folder, evaluation(0, [("a", "x", 0.25)]), evaluation(3, [("a", "y", 0.5)]))
+    write_both(folder, evaluation(0, [("a", "x", 0.25), ("b", "x", 0.25)]), evaluation(3, [("a", "y", 0.5), ("b", "y", 0.25)]))
 
     page = _Page(page_of(folder))
 
-    assert "no interval: scores are not 0 or 1" in page.row("Right answers")[1]
-    assert page.row("fixed")[3:] == ["\u2717 (0.25) x", "\u2717 (0.5) y"]
-
-
-def test_wilson_interval_of_eight_in_ten():
-    """p = 0.8, n = 10, z^2 = 3.841459, so 1 + z^2/n = 1.3841459.
-
-    middle: 0.8 + 3.841459/20 = 0.9920729
-    half:   1.959964 sqrt(0.8 * 0.2/10 + 3.841459/400) = 1.959964 sqrt(0.02560365) = 0.3136166
-    low = (0.9920729 - 0.3136166)/1.3841459 = 0.490162, high = (0.9920729 + 0.3136166)/1.3841459 = 0.943318
-    """
-    assert wilson_interval(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
-
-
-@pytest.mark.parametrize("num", [1, 3, 500])
-def test_wilson_interval_stays_inside_zero_and_one_and_mirrors(num: int) -> None:
-    low, high = wilson_interval(0, num)
-
-    assert low == pytest.approx(0.0, abs=1e-15)
-    assert 0.0 < high < 1.0
-    assert wilson_interval(num, num) == pytest.approx((1 - high, 1.0))
+    assert page.row("Held-out score") == ["Held-out score", "0.250", "0.375", "+0.125"]
+    assert page.row("Prompts / 95 % interval")[1:] == ["2 prompts / 0.250 to 0.250", "2 prompts / 0.250 to 0.500", "1 better / 0 worse"]
+    assert page.row("better")[3:] == ["0.25 x", "0.5 y"] and page.row("equal")[3:] == ["0.25 x", "0.25 y"]
 
 
 # What it never lets through
