@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from async_rlhf.commands.stage import joins_a_cluster, run_stage
+from async_rlhf.commands.stage import joins_a_cluster, run_stage, with_absolute_paths
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
 from async_rlhf.sft import start_folder
@@ -24,6 +24,7 @@ def run_sft(config: Config, folder: Path | None, console: Console, *, in_process
         ConfigError: the folder is taken, or the settings or rows cannot work.
         RunError: not one held-out problem is answered right. Interrupted: SIGINT or SIGTERM.
     """
+    config = with_absolute_paths(config)
     if config.sft.sources:
         from async_rlhf.stages.finetune import check_finetune
 

@@ -4,14 +4,21 @@ import asyncio
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from async_rlhf.commands.signals import interruptible, on_ray, until_signal
+from async_rlhf.config.schema import Config
+from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
+from async_rlhf.rewards import absolute_reward
 from async_rlhf.stages.messages import StageJob, StageProgress, StageResult, StageWatch
 from async_rlhf.stages.perform import finished, perform
+
+Stage = TypeVar("Stage", SFTConfig, RewardModelConfig, RelabelConfig)
 
 NAMES = {"sft": "sft", "reward_model": "reward model", "relabel": "relabel"}
 
@@ -37,6 +44,26 @@ def run_stage(job: StageJob, console: Console, *, in_process: bool = False) -> P
 def say(console: Console, line: str) -> None:
     """Print one line as it is: no markup, no highlighting, no wrapping of paths."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same with absolute paths of what is on this machine: actors may run in another folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+    def of_stage(stage: Stage) -> Stage:
+        return replace(stage, sources={name: replace(source, path=absolute(source.path)) for name, source in stage.sources.items()})
+
+    reward_model = of_stage(config.reward_model)
+    return replace(
+        config,
+        model=replace(config.model, path=absolute(config.model.path)),
+        sft=of_stage(config.sft),
+        reward_model=replace(reward_model, path=absolute(reward_model.path)),
+        relabel=of_stage(config.relabel),
+        reward=replace(config.reward, function=absolute_reward(config.reward.function) if config.reward.function else ""),
+    )
 
 
 def joins_a_cluster() -> bool:

@@ -1,7 +1,7 @@
-"""From text or chat messages to the tokens that reinforcement learning sees: those of the prompt, then those that the policy writes.
+"""From text or chat messages to the tokens that reinforcement learning sees.
 
-Prompt and completion are tokenized apart, as they are when a policy samples: no token spans the border between them, and a
-completion ends with the end-of-sequence token.
+For a policy, prompt and completion are tokenized apart, as they are when it samples: no token spans the border between them, and a
+completion ends with the end-of-sequence token. A reward model reads both as one text.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -10,7 +10,7 @@ completion ends with the end-of-sequence token.
 from typing import TYPE_CHECKING, Any, cast
 
 from async_rlhf.errors import ConfigError
-from async_rlhf.stages.rows import BadRowError, Text
+from async_rlhf.stages.rows import BadRowError, Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,27 +44,52 @@ class PairEncoder:
             prompt_ids, completion_ids = self._encode_chat(prompt, completion)
         if completion_ids[-1] != self._eos_id:
             completion_ids.append(self._eos_id)
-        num_tokens = len(prompt_ids) + len(completion_ids)
-        if num_tokens > self._max_length:
-            raise BadRowError(f"longer than max_length {self._max_length}", f"{num_tokens} tokens")
+        self._check_length(len(prompt_ids) + len(completion_ids))
         return prompt_ids, completion_ids
 
+    def encode_whole(self, prompt: Text, completion: Text) -> list[int]:
+        """Ids of both in one text, as a reward model reads them: plain text with its end, chat messages as the template writes them.
+
+        Raises:
+            See encode.
+        """
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids: list[int] = self._tokenizer(prompt + completion)["input_ids"]
+            if ids[-1:] != [self._eos_id]:
+                ids.append(self._eos_id)
+        else:
+            ids = self._apply([*self._messages(prompt), *_answer(completion)], add_generation_prompt=False)
+        self._check_length(len(ids))
+        return ids
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self._max_length:
+            raise BadRowError(f"longer than max_length {self._max_length}", f"{num_tokens} tokens")
+
     def _encode_chat(self, prompt: Text, completion: Text) -> tuple[list[int], list[int]]:
-        if self._tokenizer.chat_template is None:
-            raise ConfigError("chat messages need a tokenizer with a chat template; save one with the model, or give plain text")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self._system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}, *messages]
-        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        if [message["role"] for message in answer] != ["assistant"]:
-            raise BadRowError("whose completion is not one message of the assistant", f"{len(answer)} messages")
+        messages = self._messages(prompt)
         before = self._apply(messages, add_generation_prompt=True)
-        whole = self._apply([*messages, *answer], add_generation_prompt=False)
+        whole = self._apply([*messages, *_answer(completion)], add_generation_prompt=False)
         if whole[: len(before)] != before:
             raise BadRowError("whose prompt the chat template writes otherwise once it is answered", "")
         written = whole[len(before) :]
         # What a template writes behind the end of the answer, a policy never samples.
         return before, written[: written.index(self._eos_id) + 1] if self._eos_id in written else written
 
-    def _apply(self, messages: Text, *, add_generation_prompt: bool) -> list[int]:
+    def _messages(self, prompt: Text) -> list[Message]:
+        if self._tokenizer.chat_template is None:
+            raise ConfigError("chat messages need a tokenizer with a chat template; save one with the model, or give plain text")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self._system and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self._system}, *messages]
+        return messages
+
+    def _apply(self, messages: list[Message], *, add_generation_prompt: bool) -> list[int]:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
+
+
+def _answer(completion: Text) -> list[Message]:
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    if [message["role"] for message in answer] != ["assistant"]:
+        raise BadRowError("whose completion is not one message of the assistant", f"{len(answer)} messages")
+    return answer
