@@ -23,7 +23,7 @@ class MiniSummaryConfig:
     """Saliences go from 1 to this, each as likely as the other."""
     max_statements: int = number(5, ge=1, le=20)
     """Statements that a summary may make; further ones cost."""
-    copy_error: float = number(0.15, ge=0.0, le=1.0)
+    copy_error: float = number(0.05, ge=0.0, le=1.0)
     """How often the author writes down a wrong value."""
     rumour_share: float = number(0.1, ge=0.0, le=1.0)
     """How often the author states a rumour."""

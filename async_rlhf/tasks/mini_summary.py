@@ -17,6 +17,8 @@ from async_rlhf.types import JsonValue
 
 HELD_OUT_SHARE = 8
 """Every eighth text, by its checksum, is kept for the held-out set: no text is in both."""
+NUM_DRAFTS = 4
+"""From which a pair is taken: more make it clearer, and a proxy learns more from it."""
 MAX_DRAWS = 1000
 """Texts drawn for one problem before it is clear that all of them belong to the other set: (7/8)^1000 = 1e-58."""
 
@@ -68,18 +70,19 @@ class MiniSummaryTask:
         return [self._make("held-out", index) for index in range(self._config.held_out)]
 
     def preferences(self, count: int) -> Iterator[Preference]:
-        """Two drafts of the author on one training problem, that of higher gold chosen; drafts of equal gold are passed over."""
+        """The best and the worst of four drafts of the author on one training problem; drafts of equal gold are passed over."""
         for index in range(count):
             rng = random.Random(f"mini_summary {self._config.seed} preference {index}")
             while True:
                 problem = self.problem(rng.randrange(self.num_problems))
                 facts = read_prompt(problem.text)
-                drafts = [self._draft(facts, rng) for _ in range(2)]
+                drafts = [self._draft(facts, rng) for _ in range(NUM_DRAFTS)]
                 golds = [gold(facts, draft, max_statements=self._of.max_statements) for draft in drafts]
-                if golds[0] != golds[1]:
+                best, worst = max(golds), min(golds)
+                if best > worst:
                     break
-            better = golds.index(max(golds))
-            yield Preference(problem=problem, chosen=drafts[better], rejected=drafts[1 - better], margin=abs(golds[0] - golds[1]))
+            chosen, rejected = drafts[golds.index(best)], drafts[golds.index(worst)]
+            yield Preference(problem=problem, chosen=chosen, rejected=rejected, margin=best - worst)
 
     def _make(self, part: str, index: int) -> Problem:
         rng = random.Random(f"mini_summary {self._config.seed} {part} {index}")

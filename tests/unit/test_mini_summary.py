@@ -93,7 +93,7 @@ def test_author_states_facts_by_salience_in_the_prompts_order_with_copy_errors_a
 
     assert shares[0] == pytest.approx(0.1, abs=0.02)
     assert all(shares[salience] == pytest.approx(salience / 10, abs=0.05) for salience in range(1, 10))
-    assert statistics.mean(wrong) == pytest.approx(0.15, abs=0.02)
+    assert statistics.mean(wrong) == pytest.approx(0.05, abs=0.015)
 
 
 def test_author_is_mediocre_and_a_careful_one_better():
@@ -103,8 +103,8 @@ def test_author_is_mediocre_and_a_careful_one_better():
             score([p.text for p in problems], [str(p.columns["answer"]) for p in problems], max_statements=[5] * len(problems))
         )
 
-    assert 0.38 < mean_gold(CONFIG) < 0.50
-    assert mean_gold(_with(copy_error=0.0, rumour_share=0.0)) > mean_gold(CONFIG) + 0.2
+    assert 0.5 < mean_gold(CONFIG) < 0.65
+    assert mean_gold(_with(copy_error=0.0, rumour_share=0.0)) > mean_gold(CONFIG) + 0.1
 
 
 def test_the_longest_summary_states_every_fact_and_every_rumour():
