@@ -2,11 +2,16 @@
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from async_rlhf.config.schema import Config, ModelConfig
+from async_rlhf.config.stages import SFTConfig
 from async_rlhf.config.tasks import MiniSummaryConfig, TaskConfig
 from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.sft import SFTProgress, start_folder, train_start
 from async_rlhf.tasks import ExactTask, PreferenceTask, Problem, load_task
 from async_rlhf.tasks.mini_summary import MiniSummaryTask, score
 from async_rlhf.tasks.summaries import gold, judge, read_prompt
@@ -179,3 +184,36 @@ def test_settings_that_contradict_are_refused(settings: dict[str, int], message:
 def test_arithmetic_is_exact_and_mini_summary_has_preferences():
     assert isinstance(load_task(TaskConfig()), ExactTask) and not isinstance(load_task(TaskConfig()), PreferenceTask)
     assert isinstance(_task(), PreferenceTask) and not isinstance(_task(), ExactTask)
+
+
+@pytest.mark.slow
+def test_the_supervised_start_takes_all_its_steps_whatever_its_gold(tmp_path: Path):
+    """A target accuracy below any gold would stop arithmetic at the first look; and a start worth nothing is no failure here."""
+    config = Config(
+        task=TaskConfig(name="mini_summary", num_train=50, held_out=20),
+        model=ModelConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
+        sft=SFTConfig(target_accuracy=1e-9, max_steps=6, batch_size=8, eval_every=2),
+    )
+    seen: list[SFTProgress] = []
+
+    result = train_start(config, tmp_path / "start", seen.append)
+
+    assert result.steps == 6
+    assert [progress.step for progress in seen if progress.looked] == [2, 4, 6]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "start"), AutoTokenizer.from_pretrained(tmp_path / "start")
+    problems = load_task(config.task).held_out()
+    golds: list[float] = []
+    for problem in problems:
+        asked = tokenizer(problem.text, return_tensors="pt")
+        written = model.generate(**asked, do_sample=False, max_new_tokens=14)[0, asked["input_ids"].shape[1] :]
+        golds.append(gold(read_prompt(problem.text), tokenizer.decode(written, skip_special_tokens=True), max_statements=5))
+    assert result.accuracy == pytest.approx(statistics.mean(golds), abs=1e-5)
+
+
+def test_another_task_s_settings_leave_the_cached_start_as_it_is():
+    config = Config(task=CONFIG)
+
+    assert start_folder(replace(config, task=_with(copy_error=0.5))) != start_folder(config)
+    arithmetic = replace(config, task=TaskConfig())
+    other = replace(arithmetic.task, mini_summary=MiniSummaryConfig(copy_error=0.5))
+    assert start_folder(replace(arithmetic, task=other)) == start_folder(arithmetic)
