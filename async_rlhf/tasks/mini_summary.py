@@ -111,14 +111,14 @@ class MiniSummaryTask:
         return facts
 
     def _draft(self, facts: Sequence[Fact], rng: random.Random) -> str:
-        """What the author makes of them, in the prompt's order."""
+        """What the author makes of them, in the prompt's order; at least the most salient fact."""
         statements: list[str] = []
         for fact in facts:
             share = fact.salience / (self._of.max_salience + 1) if fact.salience else self._of.rumour_share
             if rng.random() < share:
                 wrong = rng.random() < self._of.copy_error
                 statements.append(_misread(fact.statement, self._of.num_values, rng) if wrong else fact.statement)
-        return " ".join(statements)
+        return " ".join(statements) or max(facts, key=lambda fact: fact.salience).statement
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], *, max_statements: Sequence[int], **columns: Sequence[object]) -> list[float]:

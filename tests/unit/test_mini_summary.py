@@ -101,6 +101,13 @@ def test_author_states_facts_by_salience_in_the_prompts_order_with_copy_errors_a
     assert statistics.mean(wrong) == pytest.approx(0.05, abs=0.015)
 
 
+def test_author_always_states_something():
+    """Two facts of salience 5 on average: both would be left out in a quarter of the prompts."""
+    task = _task(_with(min_facts=2, max_facts=2, max_salience=9, num_rumours=0))
+
+    assert all(problem.columns["answer"] for problem in _problems(task))
+
+
 def test_author_is_mediocre_and_a_careful_one_better():
     def mean_gold(config: TaskConfig) -> float:
         problems = _problems(_task(config))
