@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from async_rlhf.evaluation import Sample, expected_of
-from async_rlhf.rewards import RewardFunction, call_reward
+from async_rlhf.rewards import Reward
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, Ticket
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Assessor:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        metric: RewardFunction,
+        metric: Reward,
         reference: "ReferencePolicy | None",
     ) -> None:
         """
@@ -38,7 +38,7 @@ class Assessor:
             prompts, rollouts: N each.
             sampled: at the training temperature, so that the divergence from the reference can be estimated.
         Raises:
-            RewardError: the metric broke its contract.
+            RewardError: the metric broke its contract. RewardLostError: whoever should answer cannot be reached.
         """
         texts = self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)
         scores = self.grade(prompts, texts)
@@ -61,9 +61,9 @@ class Assessor:
         """The metric of N texts.
 
         Raises:
-            RewardError: the metric broke its contract.
+            RewardError: the metric broke its contract. RewardLostError: whoever should answer cannot be reached.
         """
-        return call_reward(self._metric, [prompt.text for prompt in prompts], texts, [prompt.columns for prompt in prompts]).tolist()
+        return self._metric.rate(prompts, texts).scores.tolist()
 
 
 def divergences(reference: "ReferencePolicy", prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[float]:

@@ -16,7 +16,7 @@ from actors.judging import Judging
 from actors.launch import leaf
 from actors.supervision import BROKEN, Member, first_line
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorLostError, AsyncRLHFError, DeadlineError, RewardError
+from async_rlhf.errors import ActorLostError, DeadlineError, RewardError, RewardLostError
 from async_rlhf.evaluation import Findings
 from async_rlhf.types import Prompt, Rollout
 
@@ -88,9 +88,10 @@ class LiveEvaluation:
             self._listener.evaluated(await self._judging.find("between", version, greedy, sampled))
         except ActorLostError as error:
             self._listener.evaluation_dropped(version, "actor_lost", first_line(error))
-        except AsyncRLHFError as error:  # a metric that fails, a scorer that cannot be had: training goes on, or ends by itself
-            reason = "reward_failed" if isinstance(error, RewardError) else "failed"
-            self._listener.evaluation_dropped(version, reason, first_line(error))
+        except (RewardError, RewardLostError) as error:
+            self._listener.evaluation_dropped(version, "reward_failed", first_line(error))
+        except Exception as error:  # an evaluation is of use, and never needed: training goes on, or ends by itself
+            self._listener.evaluation_dropped(version, "failed", f"{type(error).__name__}: {first_line(error)}")
         finally:
             await self._crew.gate.open()
 

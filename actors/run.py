@@ -22,7 +22,8 @@ from async_rlhf.checkpoints import discard, folders, newest
 from async_rlhf.errors import ActorLostError, AsyncRLHFError, LearnerLostError, RewardError, RunError
 from async_rlhf.evaluation import Findings
 from async_rlhf.evaluation_log import read_evaluations
-from async_rlhf.opponents import find_opponent, held_out
+from async_rlhf.opponents import find_opponent
+from async_rlhf.prompts import held_out_prompts
 from async_rlhf.rollouts import export_all
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState
@@ -120,7 +121,7 @@ class Run:
         return crew, version
 
     async def _train(self, crew: Crew, version: int) -> None:
-        evaluator, live = self._evaluators(crew)
+        evaluator, live = await self._evaluators(crew)
 
         async def on_update(record: UpdateRecord) -> None:
             await self._on_update(crew, live, record)
@@ -141,9 +142,9 @@ class Run:
         finally:
             await live.stop("run_ended")
 
-    def _evaluators(self, crew: Crew) -> tuple[Evaluator, LiveEvaluation]:
+    async def _evaluators(self, crew: Crew) -> tuple[Evaluator, LiveEvaluation]:
         plan, config = self._plan, self._config
-        prompts = held_out(config, plan.model_folder)
+        prompts = await asyncio.to_thread(held_out_prompts, config, plan.model_folder)
         comparer = load_comparer(config.evaluation.judge) if config.evaluation.winrate == "judge" else None
         judging = Judging(plan, crew, prompts, find_opponent(config.evaluation, plan.run_folder, prompts), comparer)
         return Evaluator(config, crew, prompts, judging), LiveEvaluation(config, crew, prompts, judging, self._observer)

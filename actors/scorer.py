@@ -6,7 +6,7 @@ from pathlib import Path
 from actors.assessor import Assessor
 from async_rlhf.config import Config
 from async_rlhf.evaluation import Sample
-from async_rlhf.rewards import Rating, load_reward, open_reward
+from async_rlhf.rewards import Rating, open_metric, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
@@ -15,12 +15,16 @@ class Scorer:
     """Stateless between calls; a pool holds several."""
 
     def __init__(self, config: Config, model_folder: str, reward_path: str, metric_path: str) -> None:
-        """Load tokenizer, frozen reference, reward function and the task's own metric.
+        """Load tokenizer, frozen reference, reward function and metric.
 
+        Args:
+            metric_path: of the task's own metric; empty: evaluations measure the reward.
         Raises:
             ConfigError: a path does not import.
         """
         self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
+        own = self._reward if not metric_path else None
+        metric = own or open_metric(config.reward, reward_path, metric_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
@@ -28,7 +32,7 @@ class Scorer:
 
         self._tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._reference = ReferencePolicy(Path(model_folder), config)
-        self._assessor = Assessor(self._tokenizer, load_reward(metric_path), self._reference)
+        self._assessor = Assessor(self._tokenizer, metric, self._reference)
 
     def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, list[ScoredGroup]]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
@@ -70,7 +74,7 @@ class Scorer:
         return self._assessor.assess(prompts, rollouts, sampled)
 
     def grade(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """The task's own metric of texts that anybody wrote; see Assessor."""
+        """The metric of texts that anybody wrote; see Assessor."""
         return self._assessor.grade(prompts, texts)
 
     def rate_texts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

@@ -142,6 +142,21 @@ def report(run: Folder) -> None:
     Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command(name="serve-reward")
+def serve_reward(
+    words: Words = None,
+    function: Annotated[str, typer.Option(help="module:function or file.py:function instead of a config.")] = "",
+    model: Annotated[Path | None, typer.Option(help="Folder of a reward model instead of a config.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
+    max_request_mib: Annotated[float, typer.Option(help="Largest request.", min=0.001)] = 64.0,
+) -> None:
+    """Serve a reward by HTTP; ASYNC_RLHF_REWARD_TOKEN in the environment is the token that callers must send."""
+    from async_rlhf.commands.serve_reward import Place, run_serve_reward
+
+    run_serve_reward(words or [], function, model, Place(host=host, port=port, max_request_mib=max_request_mib), Console())
+
+
 @app.command()
 def config(words: Words = None) -> None:
     """Print the resolved config and where each value came from."""

@@ -179,7 +179,8 @@ def _lengths(prefix: str, evaluation: Evaluation) -> dict[str, float]:
 
 def headline(findings: Findings, row: Mapping[str, float]) -> str:
     """An evaluation in one line, for the screen."""
-    at = f"evaluation at version {findings.version}" if findings.stage == "between" else f"{findings.stage} accuracy"
+    noun = "accuracy" if all(score in (0, 1) for score in findings.greedy.scores) else "score"
+    at = f"evaluation at version {findings.version}" if findings.stage == "between" else f"{findings.stage} {noun}"
     parts = [
         f"{at} (greedy, {len(findings.greedy.samples)} held-out problems, {findings.title}): {row['evaluate/score']:.3f}",
         f"95 % {row['evaluate/score_low']:.3f} to {row['evaluate/score_high']:.3f}",

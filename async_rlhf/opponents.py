@@ -12,9 +12,7 @@ from async_rlhf.config import Config, to_yaml
 from async_rlhf.config.prompts import EvaluationConfig
 from async_rlhf.errors import ConfigError, RewardError, RunError
 from async_rlhf.evaluation import Sample, expected_of
-from async_rlhf.prompts import encode_problem, load_encode
 from async_rlhf.state import write_atomically
-from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt
 from async_rlhf.winrate import LOSS, WIN, Comparer, by_score
 
@@ -33,19 +31,6 @@ class Opponent:
     """One per held-out prompt, in their order; None: it was not asked this one (its tokenizer makes the prompt too long)."""
 
 
-def held_out(config: Config, model_folder: Path) -> list[Prompt]:
-    """The prompts of an evaluation, as the policy of `model_folder` reads them.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    encode = load_encode(model_folder)
-    prompts = [encode_problem(problem, encode) for problem in load_task(config.task).held_out()]
-    if not prompts:
-        raise ConfigError("there is no held-out prompt to evaluate with; keep some (task.held_out, prompts.held_out, evaluation.sources)")
-    return prompts[: config.evaluation.num_prompts or None]
-
-
 def references(prompts: Sequence[Prompt]) -> Opponent:
     """The references of the prompts as the opponent.
 
@@ -61,20 +46,31 @@ def references(prompts: Sequence[Prompt]) -> Opponent:
     return Opponent(name=REFERENCES, completions=tuple(expected_of(prompt) for prompt in prompts))
 
 
-def with_absolute_against(config: Config) -> Config:
-    """The same opponent for whoever reads the config in another folder."""
-    against = config.evaluation.against
-    return replace(config, evaluation=replace(config.evaluation, against=str(Path(against).resolve()))) if against else config
+def with_absolute_paths(config: Config) -> Config:
+    """The same opponent, and the same judge's rubric, for whoever reads the config in another folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if path else ""
+
+    of = config.evaluation
+    judge = replace(of.judge, rubric=absolute(of.judge.rubric))
+    return replace(config, evaluation=replace(of, against=absolute(of.against), judge=judge))
 
 
 def check_opponent(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
     """Raise ConfigError unless everything is there that the win-rate asked for needs."""
     from async_rlhf.model_folders import check_model_folder
+    from async_rlhf.rewards.judge import check_judge
 
     if config.winrate == "off":
         return
+    if config.winrate == "judge":
+        check_judge("evaluation.judge", replace(config.judge, mode="pairwise"))
     if config.against:
-        check_model_folder(Path(config.against))
+        try:
+            check_model_folder(Path(config.against))
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.against {config.against} cannot be asked: {error}") from None
     else:
         references(prompts)
 

@@ -6,6 +6,7 @@ summary.json     the machine-readable last word samples.json    completions of h
 evaluations.jsonl one row per evaluation        opponents.json  the completions that win-rates compare with
 report.html      the page for people            model/          the final policy, a Hugging Face folder
 origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
+config-until-N.yaml the config that session N changed
 LOCK             held by the living driver      heartbeat       touched by it
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion
@@ -45,6 +46,17 @@ def make_run_folder(config: Config) -> Path:
     except OSError as error:
         raise ConfigError(f"run.dir {folder} cannot be written: {error}") from error
     return folder
+
+
+def keep_config(folder: Path, session: int) -> None:
+    """Keep the config of the drivers before `session`, which has another one."""
+    write_atomically(folder / f"config-until-{session}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
+
+
+def earlier_configs(folder: Path) -> dict[int, str]:
+    """Session -> the config that held until then, in order; none where no resume changed a setting."""
+    found = {int(file.stem.rpartition("-")[2]): file.read_text(encoding="utf-8") for file in folder.glob("config-until-*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def without_secrets(config: Config) -> Config:

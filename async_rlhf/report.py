@@ -13,7 +13,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation
 from async_rlhf.evaluation_log import LATEST, read_evaluation, read_evaluations
 from async_rlhf.intervals import mean_interval
-from async_rlhf.recorder import read_rows
+from async_rlhf.recorder import earlier_configs, read_rows
 from async_rlhf.report_curves import render_curves
 from async_rlhf.report_evaluations import render_evaluations
 from async_rlhf.report_samples import GRADED, changes, kinds_of, render_samples
@@ -50,8 +50,8 @@ figcaption, .legend { font-size: 13.5px; } .legend { display: flex; flex-wrap: w
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
 .samples td, pre { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .samples .fold summary { list-style: none; } .fold summary::after { content: " ... more"; color: var(--first); }
-.fold[open] summary::after { content: ""; } .score { color: var(--muted);
-  border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
+.fold[open] summary::after { content: ""; } .score { display: block; width: fit-content;
+  margin-bottom: 3px; color: var(--muted); border: 1px solid var(--line); border-radius: 4px; padding: 0 4px; }
 .numbers td, .numbers th { white-space: nowrap; } .scroll { overflow-x: auto; }
 figure, tr { break-inside: avoid; } summary { cursor: pointer; }
 @media (max-width: 760px) { .pair, .curves { grid-template-columns: minmax(0, 1fr); } }
@@ -73,6 +73,8 @@ class RunRecord:
     """At the start, and the newest since; None unless the run got through both."""
     findings: Sequence[Mapping[str, Any]]
     """The rows of evaluations.jsonl; none in a run that has none."""
+    earlier_configs: Mapping[int, str]
+    """Session -> the config that held until a resume changed it."""
 
     def configured(self, pattern: str) -> str | None:
         """What the first group of `pattern` finds in the config; None where it finds nothing."""
@@ -102,6 +104,7 @@ def _read_record(folder: Path) -> RunRecord:
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
         evaluations=_before_and_after(folder),
         findings=read_evaluations(folder),
+        earlier_configs=earlier_configs(folder),
     )
 
 
@@ -113,7 +116,7 @@ def _before_and_after(folder: Path) -> tuple[Evaluation, Evaluation] | None:
 
 def _page(run: RunRecord) -> str:
     algorithm, bound = run.configured(ALGORITHM) or "algorithm not known", run.configured(BOUND)
-    config = SECRET.sub(r"\1(hidden)", run.config)
+    configs = [(f"The config until session {session} changed it", text) for session, text in run.earlier_configs.items()]
     parts = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">""",
@@ -123,10 +126,16 @@ def _page(run: RunRecord) -> str:
         f"<h2>Evaluations</h2>{render_evaluations(run.findings)}",
         f"<h2>Curves</h2>{render_curves(run.rows, int(bound) if bound else None)}",
         f"<h2>Completions</h2>{render_samples(run.evaluations)}",
-        f"<h2>Config</h2><details><summary>The resolved config (config.yaml)</summary><pre>{visible(config)}</pre></details>",
+        "<h2>Config</h2>",
+        *(_config(title, text) for title, text in [("The resolved config (config.yaml)", run.config), *configs]),
         "</main></body></html>\n",
     )
     return "\n".join(parts)
+
+
+def _config(title: str, text: str) -> str:
+    shown = visible(SECRET.sub(r"\1(hidden)", text))
+    return f"<details><summary>{title}</summary><pre>{shown}</pre></details>"
 
 
 def _header(run: RunRecord, algorithm: str) -> str:
@@ -174,7 +183,7 @@ def _comparison(run: RunRecord) -> str:
         kinds = [kind for kind, _, _ in changes(*run.evaluations)]
         better, worse, *_ = kinds_of(run.evaluations)
         label = "Right answers" if better == "fixed" else "Prompts"
-        changed = f"{kinds.count(better)} {better}<br>{kinds.count(worse)} {'newly ' if worse == 'broken' else ''}{worse}"
+        changed = f"{kinds.count(better)}&nbsp;{better}<br>{kinds.count(worse)}&nbsp;{'newly&nbsp;' if worse == 'broken' else ''}{worse}"
         body.append(table_row(f"{label}<br>95 % interval", *map(_right, run.evaluations), changed))
     for label, key in (
         ("Batch reward", "reward/mean"),
@@ -206,7 +215,7 @@ def _numbers(run: RunRecord) -> str:
         table_row("Largest staleness trained", largest),
         table_row("Generators idle", known(summary.get("generator_idle_share"), ".1%")),
         table_row("Learner idle", known(summary.get("learner_idle_share"), ".1%")),
-        table_row("Dropped groups", _dropped(summary.get("dropped"))),
+        *(table_row(label, _dropped(summary.get(key))) for label, key in (("Dropped groups", "dropped"), ("Skipped rows", "skipped_rows"))),
     ]
     return f"<table><tbody>{''.join(body)}</tbody></table>"
 

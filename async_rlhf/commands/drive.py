@@ -159,6 +159,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "learner_idle_share": accounts.learner_idle_share,
         "dropped": dict(accounts.dropped),
         "failed_prompts": dict(accounts.failed_prompts),
+        "skipped_rows": dict(accounts.skipped_rows),
         "restarts": dict(accounts.restarts),
         "session": accounts.session,
         "checkpoint": accounts.checkpoint,
@@ -209,6 +210,11 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
             f"({summary['prompts']} prompts, {summary['completions']} completions, {summary['tokens']} tokens)",
             "bold green",
         )
+        beside = [f"KL to the reference {summary['kl_nats']:.3f} nats"] if summary["kl_nats"] is not None else []
+        if summary["winrate"] is not None:
+            beside.append(f"win-rate against {summary['evaluation']['final']['opponent']} {summary['winrate']:.3f}")
+        if beside:
+            say(", ".join(beside))
         say(f"largest staleness trained: {summary['staleness_max']} (bound {summary['max_staleness']})")
         say(
             f"training took {summary['train_wall_s']:.1f} s of {summary['wall_s']:.1f} s; generators idle "

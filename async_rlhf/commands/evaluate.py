@@ -17,14 +17,26 @@ from async_rlhf.commands.evaluation_table import print_findings
 from async_rlhf.commands.resume import read_origin
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, measure
 from async_rlhf.evaluation_log import read_evaluation
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.opponents import REFERENCES, Opponent, ask_model, held_out, opponent_of, outcomes_by_judge, outcomes_by_score, references
-from async_rlhf.rewards import Reward, absolute_reward, load_reward, open_reward
+from async_rlhf.opponents import (
+    REFERENCES,
+    Opponent,
+    ask_model,
+    check_opponent,
+    opponent_of,
+    outcomes_by_judge,
+    outcomes_by_score,
+    references,
+    with_absolute_paths,
+)
+from async_rlhf.prompts import held_out_prompts
+from async_rlhf.rewards import Reward, open_metric, open_reward
+from async_rlhf.run_plan import is_separate, reward_and_metric
 from async_rlhf.state import write_atomically
-from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt, Rollout
 from async_rlhf.winrate import load_comparer
 
@@ -76,7 +88,7 @@ class Subject:
     @property
     def rated(self) -> bool:
         """Whether there is a reward that is not the metric."""
-        return bool(self.config.reward.parts) or self.reward != self.metric
+        return is_separate(self.config, self.reward, self.metric)
 
 
 def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console) -> int:
@@ -92,7 +104,8 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
     """
     subject = _resolve(model, words, wishes)
     config = subject.config
-    prompts = held_out(config, subject.folder)
+    prompts = held_out_prompts(config, subject.folder)
+    check_opponent(config.evaluation, prompts)
     opponent = _opponent(config, prompts, console)
     # Before the engine is imported: it reads them then.
     for name, value in ENVIRONMENT.items():
@@ -116,17 +129,17 @@ def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
     if of_run and not (model / "model").is_dir():
         raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
     config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)
+    config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
     folder = (model / "model" if of_run else model).resolve()
     check_model_folder(folder)
     if of_run:
         origin = read_origin(model)
         metric, reward, reference = origin["metric"], origin["reward"], Path(origin["model_folder"])
     else:
-        metric, reference = load_task(config.task).reward, None
-        reward = absolute_reward(config.reward.function) if config.reward.function else metric
+        (reward, metric), reference = reward_and_metric(config), None
     reference = None if wishes.greedy else wishes.reference or reference
     if reference is not None:
-        check_model_folder(reference)
+        _check_reference(reference)
         _check_same_tokens(folder, reference)
     start = read_evaluation(model, "start") if of_run else None
     return Subject(folder=folder, config=config, metric=metric, reward=reward, reference=reference, start=start)
@@ -135,17 +148,20 @@ def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
 def _wished(config: Config, wishes: Wishes) -> Config:
     """The config with whom to compare, and who decides, as the command line has it."""
     evaluation = config.evaluation
-    if wishes.judge and not (evaluation.judge.url and evaluation.judge.model):
-        raise ConfigError("--judge needs evaluation.judge.url=... and evaluation.judge.model=...")
     if wishes.against:
-        against = "" if wishes.against == REFERENCES else str(Path(wishes.against).resolve())
+        against = "" if wishes.against == REFERENCES else wishes.against
         decides = evaluation.winrate if evaluation.winrate != "off" else "metric"
         evaluation = replace(evaluation, against=against, winrate=decides)
     if wishes.judge:
         evaluation = replace(evaluation, winrate="judge")
-    if evaluation.against:
-        check_model_folder(Path(evaluation.against))
-    return replace(config, evaluation=evaluation)
+    return with_absolute_paths(replace(config, evaluation=evaluation))
+
+
+def _check_reference(reference: Path) -> None:
+    try:
+        check_model_folder(reference)
+    except ConfigError as error:
+        raise ConfigError(f"the reference {reference} cannot be used: {error}") from None
 
 
 def _check_same_tokens(policy: Path, reference: Path) -> None:
@@ -174,8 +190,9 @@ def _assessor(subject: Subject) -> "Assessor":
     from actors.assessor import Assessor
     from actors.reference import ReferencePolicy
 
+    metric = open_metric(subject.config.reward, subject.reward, subject.metric)
     reference = ReferencePolicy(subject.reference, subject.config) if subject.reference is not None else None
-    return Assessor(AutoTokenizer.from_pretrained(subject.folder), load_reward(subject.metric), reference)
+    return Assessor(AutoTokenizer.from_pretrained(subject.folder), metric, reference)
 
 
 def _find(subject: Subject, prompts: Sequence[Prompt], assessor: "Assessor", wishes: Wishes, console: Console) -> Findings:

@@ -13,8 +13,21 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
+MAX_UNANSWERED = 3
+"""Calls in a row without an answer, all their attempts included, after which nobody is thought to be there. The first is of several
+groups, the next ones of single groups."""
+
+
+class UnansweredError(RewardError):
+    """All attempts at a call met the deadline."""
+
+
 class TryAgainError(Exception):
     """This attempt failed; the next one may not."""
+
+
+class NoAnswerError(TryAgainError):
+    """The same: the deadline passed."""
 
 
 class NobodyThereError(TryAgainError):
@@ -42,7 +55,7 @@ async def insist(work: Callable[[int], Awaitable[T]], settings: RewardPartConfig
             async with asyncio.timeout(settings.deadline_s):
                 return await work(attempt)
         except TimeoutError:
-            failures.append(TryAgainError(f"no answer within {settings.deadline_s:g} s (deadline_s)"))
+            failures.append(NoAnswerError(f"no answer within {settings.deadline_s:g} s (deadline_s)"))
         except TryAgainError as error:
             failures.append(error)
     raise given_up(failures, what)
@@ -53,7 +66,29 @@ def given_up(failures: Sequence[Exception], what: str) -> Exception:
     text = f"{what} failed {len(failures)} time(s) in a row, at last: {failures[-1]}"
     if isinstance(failures[-1], NobodyThereError):
         return RewardLostError(f"{text}; mend what answers there, then resume the run; `retries` and `backoff_s` say how long is waited")
-    return RewardError(text)
+    return UnansweredError(text) if all(isinstance(failure, NoAnswerError) for failure in failures) else RewardError(text)
+
+
+class Patience:
+    """Tells a completion that takes for ever from somebody who answers no more: the others are answered in between."""
+
+    def __init__(self) -> None:
+        self._unanswered = 0
+
+    def answered(self) -> None:
+        """Somebody is there."""
+        self._unanswered = 0
+
+    def tried(self, error: Exception) -> Exception:
+        """The error to raise for a call that ended with this one."""
+        if not isinstance(error, UnansweredError):
+            return error
+        self._unanswered += 1
+        if self._unanswered < MAX_UNANSWERED:
+            return error
+        return RewardLostError(
+            f"{error}; {self._unanswered} calls in a row got no answer, whatever they asked: mend that, then resume the run"
+        )
 
 
 async def in_order(items: Sequence[Item], work: Callable[[Item], Awaitable[T]], at_once: int) -> list[T]:

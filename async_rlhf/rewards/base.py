@@ -15,9 +15,9 @@ LARGEST_SCORE = float(np.finfo(np.float32).max)
 MAX_SHOWN = 300
 """Characters of a prompt, a completion or an answer in a message."""
 
-WorkerAnswer = tuple[Literal["ready", "scores", "failed", "broken"], Any]
+WorkerAnswer = tuple[Literal["ready", "scores", "failed", "broken", "late"], Any]
 """What a worker process says: `ready`, the function is imported; its `scores`; `failed`, it raised, and may not the next time;
-`broken`, what it did, it will do again."""
+`broken`, what it did, it will do again. Who waits for it says `late` when the deadline has passed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.errors import ConfigError, RewardError
-from async_rlhf.rewards.attempts import NobodyThereError, TryAgainError, insist
+from async_rlhf.rewards.attempts import NobodyThereError, Patience, TryAgainError, UnansweredError, insist
 from async_rlhf.rewards.base import MAX_SHOWN, shown
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class JsonClient:
         address.check()
         self._address = address
         self._settings = settings
+        self._patience = Patience()
         self._client: httpx.AsyncClient | None = None
 
     async def ask(self, body: Callable[[int], Mapping[str, Any]], read: Callable[[Any], T], url: str = "") -> T:
@@ -89,9 +90,14 @@ class JsonClient:
         url = url or self._address.url
 
         async def attempt(number: int) -> T:
-            return read(self._parsed(await self._post(url, body(number)), url))
+            content = await self._post(url, body(number))
+            self._patience.answered()
+            return read(self._parsed(content, url))
 
-        return await insist(attempt, self._settings, f"POST {url}")
+        try:
+            return await insist(attempt, self._settings, f"POST {url}")
+        except UnansweredError as error:
+            raise self._patience.tried(error) from error
 
     async def close(self) -> None:
         """Close the connections."""

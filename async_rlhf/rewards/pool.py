@@ -15,7 +15,7 @@ import numpy as np
 
 from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.errors import ConfigError, RewardError
-from async_rlhf.rewards.attempts import TryAgainError, given_up, pause_s
+from async_rlhf.rewards.attempts import NoAnswerError, Patience, TryAgainError, given_up, pause_s
 from async_rlhf.rewards.base import Rating, Texts, WorkerAnswer, described, texts_of
 from async_rlhf.types import Prompt
 
@@ -46,7 +46,7 @@ class WorkerProcess:
             raise ConfigError(f"a worker process for {self._path} did not start: {value}")
 
     def call(self, texts: Texts, deadline_s: float) -> WorkerAnswer:
-        """The function's answer, or `failed`; the process is dead where the call took longer."""
+        """The function's answer; or `failed`, or `late`: then the process is dead."""
         try:
             self._connection.send(texts)
         except OSError:
@@ -66,16 +66,17 @@ class WorkerProcess:
         self._connection.close()
 
     def _receive(self, limit_s: float) -> WorkerAnswer:
+        kind = "failed"
         try:
             if self._connection.poll(limit_s):
                 return self._connection.recv()
-            why = f"no answer within {limit_s:g} s (deadline_s); its process was killed and replaced"
+            kind, why = "late", f"no answer within {limit_s:g} s (deadline_s); its process was killed and replaced"
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):  # the connection ends a moment before the process
                 self._process.wait(1.0)
             why = f"the worker process died (exit code {self._process.poll()}) and was replaced"
         self.kill()
-        return "failed", why
+        return kind, why
 
 
 class PooledFunctionReward:
@@ -90,6 +91,7 @@ class PooledFunctionReward:
         self._settings = settings
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(settings.processes, thread_name_prefix="reward")
+        self._patience = Patience()
         self._closed = False
         self._workers = {WorkerProcess(path) for _ in range(settings.processes)}
         try:
@@ -133,16 +135,18 @@ class PooledFunctionReward:
                 if not worker.alive:
                     worker = self._replaced(worker)
                 kind, value = worker.call(texts, self._settings.deadline_s)
+                if kind != "late":
+                    self._patience.answered()
                 if kind == "scores":
                     return value
                 if kind == "broken":
                     raise RewardError(value)
-                failures.append(TryAgainError(value))
+                failures.append(NoAnswerError(value) if kind == "late" else TryAgainError(value))
         finally:
             self._idle.put(worker)
         failures = failures or [TryAgainError("closed")]
         size = f"{len(texts.completions)} completions, the first " if len(texts.completions) > 1 else ""
-        raise given_up(failures, f"reward function {self._path} for {size}{described(texts, 0)}")
+        raise self._patience.tried(given_up(failures, f"reward function {self._path} for {size}{described(texts, 0)}"))
 
     def _replaced(self, dead: WorkerProcess) -> WorkerProcess:
         worker = WorkerProcess(self._path)

@@ -317,16 +317,23 @@ def test_evaluation_is_due_at_its_multiples_and_never_at_the_start_or_the_end(ve
     run(story())
 
 
-def test_metric_that_fails_costs_its_evaluation_and_not_the_run() -> None:
+@pytest.mark.parametrize(
+    ("error", "reason", "text"),
+    [
+        (RewardError("the metric failed"), "reward_failed", "the metric failed"),
+        (ZeroDivisionError("by zero"), "failed", "by zero"),
+    ],
+)
+def test_metric_that_fails_costs_its_evaluation_and_not_the_run(error: Exception, reason: str, text: str) -> None:
     async def story() -> None:
         judge = Judge()
-        judge.assess_error = RewardError("the metric failed")
+        judge.assess_error = error
         theatre = Theatre(scorers=[judge])
 
         assert await theatre.train() == 6
 
-        assert theatre.listener.found == [] and set(theatre.listener.dropped) == {(2, "reward_failed"), (4, "reward_failed")}
-        assert theatre.listener.texts[0] == "the metric failed"
+        assert theatre.listener.found == [] and set(theatre.listener.dropped) == {(2, reason), (4, reason)}
+        assert text in theatre.listener.texts[0]
 
     run(story())
 

@@ -19,8 +19,18 @@ from actors.replay_queue import Booked, Fact, HolderGone, Installed, NextBatch, 
 from actors.supervision import Member, Supervisor, guarded
 from actors.weight_broadcaster import Offer, WeightBroadcaster
 from async_rlhf.config import Config, load_config
-from async_rlhf.errors import ActorLostError, DeadlineError, EngineError, LearnerLostError, RestartLimitError, RewardError, WeightsError
+from async_rlhf.errors import (
+    ActorLostError,
+    DeadlineError,
+    EngineError,
+    LearnerLostError,
+    RestartLimitError,
+    RewardError,
+    RewardLostError,
+    WeightsError,
+)
 from async_rlhf.metrics import summarize
+from async_rlhf.rewards import Rating
 from async_rlhf.tasks.start import build_tokenizer
 from async_rlhf.tickets import QueueCounters
 from async_rlhf.types import Batch, InstallReport, Rollout, RolloutGroup, ScoredGroup, StepReport, Ticket, WeightsManifest
@@ -96,11 +106,15 @@ class FakeScorer:
     def __init__(self, error: Exception | None = None, *, pause_s: float = 0.0, bad: Sequence[int] = ()) -> None:
         self.error, self.pause_s, self.bad = error, pause_s, set(bad)
         self.calls: list[list[int]] = []
+        self.ratings: list[Rating | None] = []
 
-    async def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
+    async def score(
+        self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None
+    ) -> tuple[int, list[ScoredGroup]]:
         groups = groups if only is None else groups[only : only + 1]
         ids = [group.ticket.ticket_id for group in groups]
         self.calls.append(ids)
+        self.ratings.append(rating)
         await asyncio.sleep(self.pause_s)
         if self.error is not None and (not self.bad or self.bad & set(ids)):
             raise self.error
@@ -114,6 +128,26 @@ class FakeScorer:
             for group in groups
         ]
         return len(scored), scored
+
+
+class FakeReward:
+    """Rates each completion by its ticket; fails as FakeScorer does, and says with whom it was busy at once."""
+
+    def __init__(self, error: Exception | None = None, *, pause_s: float = 0.0, bad: Sequence[int] = ()) -> None:
+        self.error, self.pause_s, self.bad = error, pause_s, set(bad)
+        self.calls: list[list[int]] = []
+        self.busy = False
+
+    async def rate(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, Rating]:
+        groups = groups if only is None else groups[only : only + 1]
+        ids = [group.ticket.ticket_id for group in groups]
+        self.calls.append(ids)
+        self.busy = True
+        await asyncio.sleep(self.pause_s)
+        self.busy = False
+        if self.error is not None and (not self.bad or self.bad & set(ids)):
+            raise self.error
+        return len(ids), Rating(scores=np.repeat(np.float32(ids), 2))
 
 
 class FakeQueue:
@@ -227,6 +261,7 @@ class Stage:
         *overrides: str,
         num_generators: int = 1,
         broadcaster: Any = WeightBroadcaster,
+        rewards: Sequence[Any] = (),
     ) -> None:
         self.events: list[str] = []
         self.incidents: list[dict[str, Any]] = []
@@ -246,11 +281,12 @@ class Stage:
             queue=self._member("queue", make_queue),
             learner=self.learner,
             broadcaster=self._member("broadcaster", lambda name: broadcaster(20.0)),
+            rewards=[self._member(f"reward-{index}", lambda name, reward=reward: reward) for index, reward in enumerate(rewards)],
         )
 
     @property
     def members(self) -> list[Member]:
-        return [*self.crew.generators, *self.crew.scorers, self.crew.queue, self.crew.broadcaster]
+        return [*self.crew.generators, *self.crew.scorers, *self.crew.rewards, self.crew.queue, self.crew.broadcaster]
 
     def playing(self, name: str) -> LocalHandle:
         """Who plays the part now."""
@@ -286,7 +322,7 @@ class Stage:
         return await guarded(train(self.crew, self.config, version, on_update or ignore), *self.others())
 
     def others(self) -> list[Coroutine[Any, Any, None]]:
-        keepers = [member.keep() for member in (*self.crew.scorers, self.crew.queue, self.crew.broadcaster)]
+        keepers = [member.keep() for member in (*self.crew.scorers, *self.crew.rewards, self.crew.queue, self.crew.broadcaster)]
         return [*(produce(generator, self.crew, self.config) for generator in self.crew.generators), *keepers]
 
     def _member(self, name: str, make: Make) -> Member:
@@ -690,7 +726,9 @@ def test_a_scorer_that_dies_by_chance_costs_nothing():
 
 def test_a_scorer_that_never_answers_is_replaced_after_score_s_and_its_group_is_reported():
     class Silent(FakeScorer):
-        async def score(self, groups: Sequence[RolloutGroup], only: int | None = None) -> tuple[int, list[ScoredGroup]]:
+        async def score(
+            self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None
+        ) -> tuple[int, list[ScoredGroup]]:
             if any(group.ticket.ticket_id == 1 for group in groups if only is None or group is groups[only]):
                 await asyncio.sleep(20)
             return await super().score(groups, only)
@@ -704,6 +742,95 @@ def test_a_scorer_that_never_answers_is_replaced_after_score_s_and_its_group_is_
         (failed,) = stage.queue.of(ScoringFailed)
         assert [ticket.ticket_id for ticket in failed.tickets] == [1] and failed.reason == "no score within 0.1 s"
         assert [entry["name"] for entry in stage.incidents if entry["event"] == "lost"] == ["scorer-0"] * 2
+
+    run(story())
+
+
+# Reward actors.
+
+
+def test_what_a_reward_actor_rates_goes_to_the_scorer_with_its_groups():
+    async def story() -> None:
+        reward = FakeReward()
+        stage = await Stage(FakeQueue(num_tickets=6), rewards=[reward]).begin()
+
+        await stage.until(lambda: stage.queue.done)
+
+        scorer = stage.scorers[0]
+        assert sorted(stage.queue.put_ids) == list(range(6))
+        for ids, rating in zip(scorer.calls, scorer.ratings, strict=True):
+            assert rating is not None and rating.scores.tolist() == np.repeat(ids, 2).tolist()
+
+    run(story())
+
+
+def test_without_reward_actors_the_scorer_is_given_no_rating():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=2)).begin()
+
+        await stage.until(lambda: stage.queue.done)
+
+        assert set(stage.scorers[0].ratings) == {None}
+
+    run(story())
+
+
+def test_a_slow_reward_actor_holds_up_no_scorer():
+    class Watching(FakeScorer):
+        async def score(
+            self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None
+        ) -> tuple[int, list[ScoredGroup]]:
+            scored = await super().score(groups, only, rating)
+            overlaps.append(reward.busy)
+            return scored
+
+    reward, overlaps = FakeReward(pause_s=0.03), list[bool]()
+
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=6), FakeGenerator, [Watching(pause_s=0.01)], rewards=[reward]).begin()
+
+        await stage.until(lambda: stage.queue.done)
+
+        assert any(overlaps), "while one group is scored, the next one is rated"
+
+    run(story())
+
+
+def test_a_completion_that_cannot_be_rated_costs_its_own_group_alone():
+    async def story() -> None:
+        reward = FakeReward(RewardError("the judge gave no grade"), bad=[1])
+        stage = await Stage(FakeQueue(3), lambda name: FakeGenerator(name, burst=3), rewards=[reward]).begin()
+
+        await stage.until(lambda: stage.queue.done)
+
+        assert sorted(stage.queue.put_ids) == [0, 2] and reward.calls == [[0, 1, 2], [0], [1], [2]]
+        (failed,) = stage.queue.of(ScoringFailed)
+        assert [ticket.ticket_id for ticket in failed.tickets] == [1] and failed.reason == "the judge gave no grade"
+
+    run(story())
+
+
+def test_a_reward_actor_that_dies_by_chance_costs_nothing():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=6), rewards=[FakeReward(pause_s=0.02)]).begin()
+        stage.fate = lambda handle, method, args, through: handle.die() if (handle.name, method) == ("reward-0.0.0", "rate") else None
+
+        await stage.until(lambda: stage.queue.done)
+
+        assert sorted(stage.queue.put_ids) == list(range(6)) and stage.queue.of(ScoringFailed) == []
+        assert [entry["name"] for entry in stage.incidents if entry["event"] == "lost"] == ["reward-0"]
+
+    run(story())
+
+
+def test_a_reward_service_that_is_lost_ends_the_run_by_name_and_no_group_is_blamed():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=6), rewards=[FakeReward(RewardLostError("http://judge cannot be reached"))]).begin()
+
+        with pytest.raises(RewardLostError, match="http://judge cannot be reached"):
+            await stage.until(lambda: False)
+
+        assert stage.queue.of(ScoringFailed) == []
 
     run(story())
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from async_rlhf.config import Config, load_config
+from async_rlhf.config.rewards import JudgeConfig
 from async_rlhf.errors import ConfigError, RewardError, RunError
 from async_rlhf.evaluation import Evaluation, Findings, Sample, expected_of, headline, measure, pair_up
 from async_rlhf.evaluation_log import EvaluationLog, read_evaluation, read_evaluations, read_samples
@@ -22,7 +23,6 @@ from async_rlhf.opponents import (
     ask_model,
     check_opponent,
     find_opponent,
-    held_out,
     opponent_of,
     outcomes_by_judge,
     outcomes_by_score,
@@ -30,9 +30,10 @@ from async_rlhf.opponents import (
     sample_opponent,
 )
 from async_rlhf.recorder import Recorder
-from async_rlhf.tasks.start import build_tokenizer
 from async_rlhf.types import Prompt
-from async_rlhf.winrate import by_score, win_rate
+from async_rlhf.winrate import by_score, load_comparer, win_rate
+from tests.support.http_server import free_port, serving
+from tests.unit.test_judge import prefers_longer
 
 
 def sample(score: float = 0.0, *, prompt: str = "1+1=", **changed: Any) -> Sample:
@@ -117,6 +118,23 @@ def test_judge_that_cannot_be_reached_is_named() -> None:
         outcomes_by_judge(judge, [prompt(0)], [sample()], ["x"])
 
 
+def test_win_rate_is_asked_of_a_real_endpoint_in_both_orders() -> None:
+    with serving(prefers_longer) as served:
+        judge = load_comparer(JudgeConfig(url=f"{served.url}/v1", model="wise"))
+        samples = [sample(completion="a long answer"), sample(completion="no"), sample(completion="same")]
+
+        outcomes = outcomes_by_judge(judge, [prompt(index) for index in range(3)], samples, ["short", "a long answer", "size"])
+
+    assert outcomes == [1.0, 0.0, 0.5] and len(served.requests) == 6
+
+
+def test_judge_that_is_not_there_is_refused_before_the_run_begins() -> None:
+    words = ["evaluation.winrate=judge", "evaluation.judge.model=wise", f"evaluation.judge.url=http://127.0.0.1:{free_port()}/v1"]
+
+    with pytest.raises(ConfigError, match=r"evaluation\.judge"):
+        check_opponent(load_config(overrides=words).config.evaluation, [prompt(0, answer="7")])
+
+
 # Opponents.
 
 
@@ -137,7 +155,7 @@ def test_win_rate_against_references_that_are_not_there_is_refused_with_a_remedy
 def test_opponent_that_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     config = load_config(overrides=["evaluation.winrate=metric", f"evaluation.against={tmp_path / 'nobody'}"]).config
 
-    with pytest.raises(ConfigError, match="nobody"):
+    with pytest.raises(ConfigError, match=r"evaluation\.against .*nobody cannot be asked: .*does not exist"):
         check_opponent(config.evaluation, [prompt(0)])
 
 
@@ -151,20 +169,6 @@ def test_opponent_that_is_no_model_folder_is_refused(tmp_path: Path) -> None:
 def test_settings_of_a_win_rate_that_cannot_be_are_refused(words: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(overrides=words)
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> Path:
-    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
-
-
-def test_held_out_prompts_are_the_first_ones_of_the_task(tokenizer_folder: Path) -> None:
-    def prompts(*words: str) -> list[str]:
-        return [each.prompt_id for each in held_out(load_config(overrides=["task.held_out=30", *words]).config, tokenizer_folder)]
-
-    assert len(prompts()) == 30
-    assert prompts("evaluation.num_prompts=4") == prompts()[:4]
 
 
 def against(model: Path) -> Config:
@@ -263,6 +267,8 @@ def test_line_on_the_screen_says_what_was_asked_and_what_came_of_it() -> None:
 
     assert line.startswith("evaluation at version 40 (greedy, 2 held-out problems, versions 40-42): 0.500, 95 % 0.095 to 0.905")
     assert "win-rate against references 0.750 (0.500 to 1.000)" in line
+    graded = findings(0, sample(0.25), stage="final")
+    assert headline(graded, measure(graded, None)).startswith("final score (greedy, 1 held-out problems, version 0): 0.250")
     failed = findings(0, stage="start", problem="the judge failed: gone")
     assert headline(failed, measure(failed, None)).startswith("start accuracy (greedy, 1 held-out problems, version 0): 0.000")
     assert headline(failed, measure(failed, None)).endswith("no win-rate: the judge failed: gone")

@@ -15,7 +15,7 @@ import pytest
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.evaluation_log import write_samples
-from async_rlhf.recorder import write_summary
+from async_rlhf.recorder import keep_config, write_summary
 from async_rlhf.report import write_report
 from async_rlhf.report_curves import CURVES, MAX_POINTS, running_mean, thin
 from async_rlhf.report_samples import MAX_SAMPLES
@@ -48,6 +48,7 @@ def summary(**changed: Any) -> dict[str, object]:
         "generator_idle_share": 0.125,
         "learner_idle_share": 0.5,
         "dropped": {"tied": 1384, "refused_duplicate": 2, "failed: a": 3, "failed: b": 4, "last_batch": 0},
+        "skipped_rows": {"prompt_too_long": 1021, "prompt_empty": 2},
     }
     return base | changed
 
@@ -171,6 +172,7 @@ def test_tables_on_top_say_what_the_run_did(tmp_path: Path) -> None:
         "Generators idle": "12.5%",
         "Learner idle": "50.0%",
         "Dropped groups": "7 failed / 2 refused duplicate / 1,384 tied",
+        "Skipped rows": "2 prompt empty / 1,021 prompt too long",
     }
 
 
@@ -194,6 +196,18 @@ def test_each_declared_curve_appears_with_all_its_lines_a_label_and_a_caption(tm
         assert {f"{curve.name}-{curve.name}:{line.key}" for line in curve.lines} <= set(ids)
     assert "staleness-staleness:bound" in ids
     assert len(ids) == len(set(ids))
+
+
+def test_each_part_of_the_reward_has_a_curve_and_a_foreign_name_has_none(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    parts = {"reward/part/help-ful": 0.25, "reward/part/model.cut": 0.0, "reward/part/other.cut": 0.5, "reward/part/<script>": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row(1) | parts) + "\n")
+
+    text = page_of(folder)
+
+    assert '<figure id="curve-part-help-ful"><h3>Reward part help-ful</h3>' in text and "batch mean, last 0.25" in text
+    assert "Reward part other.cut" in text and "last 50%" in text
+    assert "model.cut" not in text and "<script>" not in text and "&lt;script" not in text
 
 
 def test_metric_that_an_algorithm_never_reports_is_named_as_not_measured(tmp_path: Path) -> None:
@@ -389,6 +403,24 @@ def test_variable_named_like_a_secret_loses_its_value(tmp_path: Path) -> None:
 
     assert "HF_TOKEN: (hidden)" in text and "hf_abc" not in text
     assert "NCCL_DEBUG: INFO" in text
+
+
+def test_configs_that_a_resume_changed_stay_to_be_read_without_their_secrets(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, config="updates: 4\nenv:\n  HF_TOKEN: hf_old\n")
+    for session in (2, 10):
+        keep_config(folder, session)
+        (folder / "config.yaml").write_text(f"updates: {session}0\n")
+
+    text = page_of(folder)
+
+    titles = re.findall(r"<summary>(The [^<]*)</summary>", text)
+    assert titles == [
+        "The resolved config (config.yaml)",
+        "The config until session 2 changed it",
+        "The config until session 10 changed it",
+    ]
+    assert text.index("updates: 100") < text.index("updates: 4\n") < text.index("updates: 20\n")
+    assert "hf_old" not in text and "HF_TOKEN: (hidden)" in text
 
 
 # Sizes

@@ -187,6 +187,25 @@ def test_an_answer_later_than_the_deadline_is_no_answer():
     assert time.monotonic() - began < 5
 
 
+def test_a_service_that_takes_every_request_and_answers_none_is_lost_after_three_calls():
+    silent = threading.Event()
+
+    def answer(request: Request) -> Reply:
+        silent.wait(20 if "slow" in request.body["completions"] else 0)
+        return lengths(request)
+
+    with rewarding(answer, deadline_s=0.1, retries=0) as (reward, _):
+        for completion in ("slow", "slow", "fine", "slow", "slow"):
+            if completion == "fine":
+                reward.rate(prompts_of(1), [completion])
+            else:
+                with pytest.raises(RewardError, match="no answer within"):
+                    reward.rate(prompts_of(1), [completion])
+        with pytest.raises(RewardLostError, match="3 calls in a row got no answer"):
+            reward.rate(prompts_of(1), ["slow"])
+        silent.set()
+
+
 def test_an_answer_that_drips_for_longer_than_the_deadline_is_no_answer():
     def drip() -> Iterator[bytes]:
         for _ in range(100):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from async_rlhf.config.rewards import RewardPartConfig
-from async_rlhf.errors import ConfigError, RewardError
+from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.rewards.pool import PooledFunctionReward
 from async_rlhf.types import Prompt
 
@@ -91,6 +91,23 @@ def test_a_call_longer_than_its_deadline_is_ended_and_its_process_replaced(pool:
     assert len(before - children()) == 1, "the process that hung is gone"
     assert pool.rate(prompts_of(4), ["a", "b", "c", "d"]).scores.tolist() == [3] * 4
     assert len(children()) == 2
+
+
+def test_a_function_that_answers_nothing_any_more_ends_the_run_and_a_slow_completion_does_not(function: str):
+    reward = PooledFunctionReward(function, RewardPartConfig(processes=1, deadline_s=0.1, retries=0))
+    try:
+        for completion, error in (("sleep 9", RewardError), ("sleep 9", RewardError), ("a", None), ("sleep 9", RewardError)):
+            if error is None:
+                reward.rate(prompts_of(1), [completion])
+            else:
+                with pytest.raises(error):
+                    reward.rate(prompts_of(1), [completion])
+        with pytest.raises(RewardError):
+            reward.rate(prompts_of(1), ["sleep 9"])
+        with pytest.raises(RewardLostError, match="3 calls in a row got no answer"):
+            reward.rate(prompts_of(1), ["sleep 9"])
+    finally:
+        reward.close()
 
 
 def test_a_process_that_dies_is_replaced_and_the_call_made_again(pool: PooledFunctionReward):
