@@ -1,8 +1,9 @@
 """The supervised start: a small model that answers part of a task right, made with TRL's SFTTrainer and kept in a cache.
 
-Training stops at `sft.target_accuracy` on purpose. Accuracy moves several points between two looks, so the first look above
-the target may be far above it: then the weights are moved back along the straight line to the last look below the
-target, until they answer as many held-out problems as asked for (`tasks.landing.land`).
+Where answers are right or wrong, training stops at `sft.target_accuracy` on purpose; where they are better or worse, after
+`sft.max_steps`. Accuracy moves several points between two looks, so the first look above the target may be far above it: then the
+weights are moved back along the straight line to the last look below the target, until they answer as many held-out problems as asked
+for (`tasks.landing.land`).
 
 This module imports neither torch nor trl until something has to be trained, so that finding a finished start is cheap.
 """
@@ -13,6 +14,7 @@ This module imports neither torch nor trl until something has to be trained, so 
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import time
@@ -29,7 +31,7 @@ from async_rlhf.stages.books import StageBooks
 from async_rlhf.stages.folder import StageFolder, working
 from async_rlhf.stages.messages import StageProgress, StageResult, StageWatch
 from async_rlhf.stages.trainer import arguments, fit, quiet_libraries
-from async_rlhf.tasks import Task, load_task
+from async_rlhf.tasks import ExactTask, Task, load_task
 from async_rlhf.tasks.landing import LANDING_TOLERANCE, Exam, copy_weights, land
 from async_rlhf.tasks.start import build_policy, build_tokenizer
 
@@ -105,9 +107,10 @@ def train_start(config: Config, folder: Path, on_progress: Callable[[SFTProgress
     watch = watch or StageWatch(on_progress=lambda progress: None)
     began = time.monotonic()
     with working(folder, _settings(config), watch) as work, quiet_libraries(), closing(StageBooks(work.made)) as books:
-        task, tokenizer = load_task(config.task), build_tokenizer()
+        task = load_task(config.task)
+        tokenizer = build_tokenizer(task.vocabulary)
         model = build_policy(config.model, tokenizer, config.sft.seed)
-        exam = Exam(tokenizer, task.held_out()[:MAX_LOOK_PROBLEMS], task.max_answer_chars + 1)
+        exam = Exam(tokenizer, task, MAX_LOOK_PROBLEMS)
         looks = _Looks(config, model, exam, on_progress, books)
         fit(
             _make_trainer(config, model, tokenizer, _make_examples(config, task, tokenizer), work),
@@ -117,9 +120,9 @@ def train_start(config: Config, folder: Path, on_progress: Callable[[SFTProgress
             watch,
         )
         looks.land()
-        accuracy = Exam(tokenizer, task.held_out(), task.max_answer_chars + 1).accuracy(model)
+        accuracy = Exam(tokenizer, task).accuracy(model)
         try:
-            _check_accuracy(config, accuracy, looks)
+            _check_accuracy(accuracy, looks)
         except RunError:
             work.discard()
             raise
@@ -154,7 +157,9 @@ class _Looks:
         self, config: Config, model: "PreTrainedModel", exam: Exam, on_progress: Callable[[SFTProgress], None], books: StageBooks
     ) -> None:
         self.step = 0
-        self._target, self._max_steps = config.sft.target_accuracy, config.sft.max_steps
+        self.target = config.sft.target_accuracy if exam.exact else math.inf
+        """Accuracy to stop at; infinity: train all steps."""
+        self._max_steps = config.sft.max_steps
         self._model, self._exam, self._on_progress, self._books = model, exam, on_progress, books
         self._began = time.monotonic()
         self._loss: float | None = None
@@ -177,15 +182,15 @@ class _Looks:
         self._loss, self._accuracy = float(logs["loss"]), self._exam.accuracy(self._model)
         self._books.write(step, {"train/loss": self._loss, "held_out/accuracy": self._accuracy})
         self._report(looked=True)
-        if self._accuracy >= self._target:
+        if self._accuracy >= self.target:
             return True
         self._below = copy_weights(self._model)
         return False
 
     def land(self) -> None:
         """Bring the model back to the target if the last look was above it by more than the tolerance."""
-        if self._accuracy is not None and self._accuracy > self._target + LANDING_TOLERANCE:
-            self._accuracy = land(self._model, self._exam, self._below, target=self._target)
+        if self._accuracy is not None and self._accuracy > self.target + LANDING_TOLERANCE:
+            self._accuracy = land(self._model, self._exam, self._below, target=self.target)
             self._report(looked=True)
 
     def _report(self, *, looked: bool) -> None:
@@ -208,7 +213,7 @@ def _make_examples(config: Config, task: Task, tokenizer: "PreTrainedTokenizerFa
     for index in range(task.num_problems):
         problem = task.problem(index)
         answer = str(problem.columns["answer"])
-        if rng.random() < config.sft.wrong_share:
+        if isinstance(task, ExactTask) and rng.random() < config.sft.wrong_share:
             answer = task.careless_answer(problem, rng)
         prompt_ids = tokenizer.encode(problem.text)
         completion_ids = [*tokenizer.encode(answer), cast(int, tokenizer.eos_token_id)]
@@ -244,21 +249,22 @@ def _settings(config: Config) -> dict[str, dict[str, Any]]:
     return {"task": task, "model": model, "sft": used}
 
 
-def _check_accuracy(config: Config, accuracy: float, looks: _Looks) -> None:
+def _check_accuracy(accuracy: float, looks: _Looks) -> None:
     """Refuse a start that knows nothing, and warn about one that knows less than asked for."""
-    target = config.sft.target_accuracy
+    if math.isinf(looks.target):
+        return
     if accuracy == 0.0:
         raise RunError(
             f"the supervised start must answer some held-out problems right, got accuracy 0 after {looks.step} steps; "
             "raise sft.max_steps, or make the task easier (task.num_operands, task.max_operand)"
         )
-    if accuracy < target - 3 * LANDING_TOLERANCE:
+    if accuracy < looks.target - 3 * LANDING_TOLERANCE:
         logger.warning(
             "the supervised start stops at held-out accuracy %.3f after %d steps, below sft.target_accuracy=%s; "
             "it is kept. Raise sft.max_steps to go on to the target",
             accuracy,
             looks.step,
-            target,
+            looks.target,
         )
 
 

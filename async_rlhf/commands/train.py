@@ -7,6 +7,7 @@ from rich.console import Console
 
 from async_rlhf.commands.drive import drive
 from async_rlhf.commands.guard import guard
+from async_rlhf.commands.proxy import check_own_proxies, with_own_proxies, without_own_proxies
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
@@ -28,7 +29,8 @@ def run_train(config: Config, console: Console) -> int:
     """
     config = absolute_sources(replace(config, reward=absolute_rewards(config.reward)))
     reward, metric = reward_and_metric(config)
-    check_rewards(config.reward, reward)
+    check_rewards(without_own_proxies(config.reward), reward)
+    check_own_proxies(config)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:
@@ -42,6 +44,7 @@ def run_train(config: Config, console: Console) -> int:
     else:
         model_folder = run_sft(config, None, console)
     check_prompts(config, model_folder)
+    config = with_own_proxies(config, console)
     if config.algorithm.ppo.critic.path:
         check_critic_vocabulary(Path(config.algorithm.ppo.critic.path), model_folder)
     config = with_absolute_paths(config)

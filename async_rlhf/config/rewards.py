@@ -43,7 +43,8 @@ class RewardPartConfig:
     processes: int = number(0, ge=0, le=1024)
     """function: worker processes, so that a slow one blocks nobody; 0: in the scorer's own process, without deadline."""
     path: str = ""
-    """model: folder of a sequence-classification model with one label."""
+    """model: folder of a sequence-classification model with one label; empty: `train` makes one with the settings of `reward_model`, or
+    finds it in the cache."""
     max_length: int = number(0, ge=0, le=1 << 22)
     """model: longest text it reads, tokens; of longer ones the beginning is left out. 0: as many as the model has positions."""
     add_eos: bool = True

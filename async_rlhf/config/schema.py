@@ -42,6 +42,8 @@ class ModelConfig:
     intermediate_size: int = number(384, ge=16, le=65536)
     tie_embeddings: bool = False
     """One matrix for the embedding and the head; Gemma's always are."""
+    initializer_range: float = number(0.02, gt=0.0, le=10.0)
+    """Standard deviation of the random weights before the supervised stage."""
 
 
 @dataclass(frozen=True)

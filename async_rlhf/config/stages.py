@@ -15,9 +15,9 @@ class SFTConfig:
     """
 
     target_accuracy: float = number(0.40, gt=0.0, le=1.0)
-    """Built-in task: stop at this greedy accuracy on held-out problems."""
+    """Task arithmetic: stop at this greedy accuracy on held-out problems. Other tasks train for `max_steps`."""
     wrong_share: float = number(0.1, ge=0.0, lt=1.0)
-    """Built-in task: share of training answers that are given carelessly (see Task.careless_answer), on purpose."""
+    """Task arithmetic: share of training answers that are given carelessly (see ExactTask.careless_answer), on purpose."""
     sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     """Rows to learn from, with a `completion_column`, all of them once per epoch; empty: the task's own problems."""
     held_out: int = number(200, ge=0, le=10_000_000)

@@ -15,7 +15,7 @@ from typing import Any, cast
 from async_rlhf.config.prompts import SourceConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError, StageStopped
-from async_rlhf.report import wilson_interval
+from async_rlhf.intervals import wilson_interval
 from async_rlhf.sources import load_rows
 from async_rlhf.stages.folder import StageFolder, TargetTakenError, working
 from async_rlhf.stages.gold import Gold, open_gold

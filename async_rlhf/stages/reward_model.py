@@ -24,7 +24,7 @@ import numpy as np
 from async_rlhf.config.prompts import SourceConfig
 from async_rlhf.config.schema import Config
 from async_rlhf.errors import ConfigError
-from async_rlhf.report import wilson_interval
+from async_rlhf.intervals import wilson_interval
 from async_rlhf.sft import cached_start, start_folder
 from async_rlhf.stages.books import StageBooks
 from async_rlhf.stages.encode import PairEncoder

@@ -3,9 +3,10 @@
 from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.tasks.arithmetic import ArithmeticTask
-from async_rlhf.tasks.base import Problem, Task
+from async_rlhf.tasks.base import ExactTask, Preference, PreferenceTask, Problem, Task, Vocabulary
+from async_rlhf.tasks.mini_summary import MiniSummaryTask
 
-__all__ = ["Problem", "Task", "load_task"]
+__all__ = ["ExactTask", "Preference", "PreferenceTask", "Problem", "Task", "Vocabulary", "load_task"]
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -17,5 +18,7 @@ def load_task(config: TaskConfig) -> Task:
     match config.name:
         case "arithmetic":
             return ArithmeticTask(config)
+        case "mini_summary":
+            return MiniSummaryTask(config)
         case "dataset":
             raise ConfigError("task.name dataset makes no problems of its own; its rows are those of prompts.sources")

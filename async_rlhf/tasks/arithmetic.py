@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError, RewardError
-from async_rlhf.tasks.base import Problem
+from async_rlhf.tasks.base import Problem, Vocabulary
 
+CHARACTERS = "0123456789+-*/=()., "
+VOCABULARY = Vocabulary(tokens=tuple(CHARACTERS))
 SLIPS = (-10, -1, 1, 10)
 """How far a careless answer is off."""
 
@@ -19,6 +21,7 @@ class ArithmeticTask:
     """Sums of `num_operands` numbers from 0 to `max_operand`."""
 
     reward = "async_rlhf.tasks.arithmetic:score"
+    vocabulary = VOCABULARY
 
     def __init__(self, config: TaskConfig) -> None:
         """Draw the split: first the held-out problems, so that `num_train` does not change them.
@@ -44,8 +47,8 @@ class ArithmeticTask:
         return len(self._train)
 
     @property
-    def max_answer_chars(self) -> int:
-        """Digits of the largest possible sum."""
+    def max_answer_tokens(self) -> int:
+        """Digits of the largest possible sum: a token each."""
         return len(str(self._config.num_operands * self._config.max_operand))
 
     def problem(self, index: int) -> Problem:

@@ -9,7 +9,8 @@ Private to `sft`. Imports torch only where weights are mixed.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from async_rlhf.tasks.base import Problem
+from async_rlhf.rewards import call_reward, load_reward
+from async_rlhf.tasks.base import ExactTask, Problem, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,29 +25,37 @@ LANDING_LOOKS = 8
 
 
 class Exam:
-    """Asks a model a fixed set of problems, greedily."""
+    """Asks a model the task's held-out problems, greedily."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", problems: Sequence[Problem], max_new_tokens: int) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", task: Task, max_problems: int | None = None) -> None:
+        """
+        Args:
+            max_problems: the first so many held-out problems; None: all.
+        """
+        self.exact = isinstance(task, ExactTask)
+        """Answers are right or wrong."""
         self._tokenizer = tokenizer
-        self._problems = problems
-        self._max_new_tokens = max_new_tokens
+        self._problems = task.held_out()[:max_problems]
+        self._max_new_tokens = task.max_answer_tokens + 1
+        self._metric = load_reward(task.reward)
 
     def accuracy(self, model: "PreTrainedModel") -> float:
-        """Share of the problems whose greedy completion is the answer, character for character."""
-        right = sum(
-            self._num_right(model, self._problems[start : start + GENERATE_BATCH])
+        """Mean score of the greedy completions by the task's own metric; the share of right answers where that is 0 or 1."""
+        total = sum(
+            self._total_score(model, self._problems[start : start + GENERATE_BATCH])
             for start in range(0, len(self._problems), GENERATE_BATCH)
         )
-        return right / len(self._problems)
+        return total / len(self._problems)
 
-    def _num_right(self, model: Any, problems: Sequence[Problem]) -> int:
+    def _total_score(self, model: Any, problems: Sequence[Problem]) -> float:
         asked = self._tokenizer([problem.text for problem in problems], padding=True, return_tensors="pt")
         training = model.training
         model.eval()
         answered = model.generate(**asked, do_sample=False, max_new_tokens=self._max_new_tokens)
         model.train(training)
         texts = self._tokenizer.batch_decode(answered[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        return sum(text == problem.columns["answer"] for text, problem in zip(texts, problems, strict=True))
+        scores = call_reward(self._metric, [problem.text for problem in problems], texts, [problem.columns for problem in problems])
+        return float(scores.sum())
 
 
 def land(model: "PreTrainedModel", exam: Exam, below: "Mapping[str, Tensor]", *, target: float) -> float:

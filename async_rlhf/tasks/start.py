@@ -1,32 +1,38 @@
-"""The task's own starting point: a character tokenizer and a small language model with random weights."""
+"""The task's own starting point: a tokenizer of its own texts and a small language model with random weights."""
 
 # pyright: reportUnknownMemberType=false
 # (tokenizers, transformers and torch type their methods partially.)
 
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.errors import ConfigError
+from async_rlhf.tasks.arithmetic import VOCABULARY as ARITHMETIC
+from async_rlhf.tasks.base import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = "0123456789+-*/=()., "
-"""Every character that the tokenizer knows; anything else becomes <unk>."""
 MAX_POSITIONS = 512
 """Longest sequence of a task's own model, tokens."""
 
 
-def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """A tokenizer with one token per character; it adds no special token by itself, and decoding joins without spaces."""
+def build_tokenizer(vocabulary: Vocabulary = ARITHMETIC) -> "PreTrainedTokenizerFast":
+    """A tokenizer of the task's own tokens; it adds no special token by itself. Any other character becomes <unk>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: token_id for token_id, token in enumerate([PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNK_TOKEN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
-    backend.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
+    ids = {token: token_id for token_id, token in enumerate([PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *vocabulary.tokens])}
+    backend = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNK_TOKEN))
+    longest_first = sorted((token for token in vocabulary.tokens if len(token) > 1), key=len, reverse=True)
+    cut = pre_tokenizers.Split(Regex("|".join([*map(re.escape, longest_first), r"[\s\S]"])), behavior="isolated")
+    steps = [pre_tokenizers.WhitespaceSplit(), cut] if vocabulary.separator == " " else [cut]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
+    if not vocabulary.separator:
+        # Without a decoder the tokens are joined by blanks.
+        backend.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]  # setter is untyped
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
@@ -62,6 +68,7 @@ def build_policy(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase", seed
         num_attention_heads=config.num_heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=MAX_POSITIONS,
+        initializer_range=config.initializer_range,
         bos_token_id=None,
         eos_token_id=eos_id,
         pad_token_id=pad_id,

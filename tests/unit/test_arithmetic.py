@@ -70,10 +70,10 @@ def test_problem_index_outside_the_training_problems_is_refused(index: int):
         load_task(TaskConfig()).problem(index)
 
 
-def test_max_answer_chars_is_the_length_of_the_largest_sum():
-    """99 + 99 = 198 has 3 characters; 6 * 9999 = 59994 has 5."""
-    assert load_task(TaskConfig()).max_answer_chars == 3
-    assert load_task(TaskConfig(num_operands=6, max_operand=9999)).max_answer_chars == 5
+def test_max_answer_tokens_is_the_length_of_the_largest_sum():
+    """99 + 99 = 198 has 3 characters, a token each; 6 * 9999 = 59994 has 5."""
+    assert load_task(TaskConfig()).max_answer_tokens == 3
+    assert load_task(TaskConfig(num_operands=6, max_operand=9999)).max_answer_tokens == 5
 
 
 def test_score_is_one_only_for_the_exact_answer():
@@ -94,8 +94,9 @@ def test_reward_path_names_the_score_function():
 
 def test_tasks_and_the_cache_lookup_import_neither_torch_nor_transformers():
     code = (
-        "import sys; from async_rlhf.config.schema import Config; from async_rlhf.tasks import load_task; import async_rlhf.commands.sft; "
-        "from async_rlhf.sft import cached_start; c = Config(); load_task(c.task); cached_start(c); "
+        "import sys; from dataclasses import replace; from async_rlhf.config.schema import Config; import async_rlhf.commands.sft; "
+        "from async_rlhf.tasks import load_task; from async_rlhf.sft import cached_start; "
+        "c = Config(); load_task(c.task); load_task(replace(c.task, name='mini_summary')).held_out(); cached_start(c); "
         "print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
     )
 

@@ -1,4 +1,4 @@
-"""The character tokenizer and the random-weight models of the task's own start."""
+"""The tokenizers and the random-weight models of the tasks' own starts."""
 
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from async_rlhf.config.schema import ModelConfig
 from async_rlhf.config.tasks import TaskConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.tasks import load_task
-from async_rlhf.tasks.start import CHARACTERS, MAX_POSITIONS, build_policy, build_tokenizer
+from async_rlhf.tasks.arithmetic import CHARACTERS
+from async_rlhf.tasks.base import Vocabulary
+from async_rlhf.tasks.start import MAX_POSITIONS, build_policy, build_tokenizer
 
 SMALL = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64)
 
@@ -28,6 +30,29 @@ def test_every_known_character_is_one_token_and_decodes_to_itself():
     assert len(token_ids) == len(set(token_ids)) == len(CHARACTERS)
     assert tokenizer.unk_token_id not in token_ids
     assert tokenizer.decode(token_ids, skip_special_tokens=True) == CHARACTERS
+
+
+def test_words_are_cut_into_the_longest_tokens_that_fit_and_decode_with_the_separator():
+    """`9:b2` is two tokens, the one of the salience and the one of the statement, though `b` is one as well."""
+    tokenizer = build_tokenizer(Vocabulary(tokens=("b", ">", "9:", "b2", "k3"), separator=" "))
+
+    cut = tokenizer.tokenize("9:b2 > b  b2k3 x")
+
+    assert cut == ["9:", "b2", ">", "b", "b2", "k3", "<unk>"]
+    assert tokenizer.decode([*tokenizer.encode("b2 k3"), tokenizer.eos_token_id], skip_special_tokens=True) == "b2 k3"
+
+
+def test_prompt_and_completion_of_mini_summary_have_the_same_tokens_apart_and_as_one_text():
+    """A reward model reads both as one text; the policy reads the prompt, and writes the completion."""
+    task = load_task(TaskConfig(name="mini_summary", num_train=20))
+    tokenizer = build_tokenizer(task.vocabulary)
+
+    for problem in (task.problem(index) for index in range(20)):
+        prompt, answer = problem.text, str(problem.columns["answer"])
+        apart = tokenizer.encode(prompt) + tokenizer.encode(answer)
+        assert tokenizer.unk_token_id not in apart
+        assert tokenizer.encode(prompt + answer) == apart
+        assert tokenizer.decode(tokenizer.encode(answer)) == answer
 
 
 def test_encoding_adds_no_token_of_its_own():
@@ -71,6 +96,13 @@ def test_saved_tokenizer_gives_the_same_ids_through_transformers_and_through_tok
         assert loaded.encode(text) == plain.encode(text).ids == tokenizer.encode(text)
         assert plain.decode(plain.encode(text).ids) == loaded.decode(tokenizer.encode(text), skip_special_tokens=True)
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id, loaded.padding_side) == (0, 1, 2, "left")
+
+
+def test_initializer_range_is_the_spread_of_the_random_weights():
+    """64k weights: the sample's standard deviation is off by 0.3 %."""
+    weights = [build_policy(ModelConfig(initializer_range=spread), build_tokenizer(), seed=0).lm_head.weight for spread in (0.02, 0.08)]
+
+    assert [weight.std().item() for weight in weights] == pytest.approx([0.02, 0.08], rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
