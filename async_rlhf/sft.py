@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from async_rlhf.config.schema import Config
+from async_rlhf.config.schema import Config, ModelConfig
 from async_rlhf.config.stages import SFTConfig
 from async_rlhf.errors import RunError
 from async_rlhf.stages.books import StageBooks
@@ -48,6 +48,8 @@ DECIDING = ("target_accuracy", "max_steps", "batch_size", "learning_rate", "wron
 """Settings of `sft` that are part of each cache key."""
 ADDED = ("gradient_accumulation", "schedule", "warmup_steps", "precision")
 """Those that are part of it where they differ from their defaults."""
+ADDED_TO_MODEL = ("initializer_range",)
+"""The same of `model`."""
 MAX_LOOK_PROBLEMS = 500
 """Held-out problems in one look during training: a standard error of 0.02 at accuracy 0.4."""
 
@@ -241,8 +243,10 @@ def _measured(progress: SFTProgress) -> str:
 
 def _settings(config: Config) -> dict[str, dict[str, Any]]:
     """All settings that decide the weights; those of `ADDED` where they are not as they were before there were such settings."""
-    model, sft, default = asdict(config.model), asdict(config.sft), asdict(SFTConfig())
-    del model["path"]
+    sft, default = asdict(config.sft), asdict(SFTConfig())
+    model, default_model = asdict(config.model), asdict(ModelConfig())
+    for key in ("path", *(key for key in ADDED_TO_MODEL if model[key] == default_model[key])):
+        del model[key]
     # Sections of other tasks decide nothing.
     task = {key: value for key, value in asdict(config.task).items() if not isinstance(value, dict) or key == config.task.name}
     used = {key: sft[key] for key in DECIDING} | {key: sft[key] for key in ADDED if sft[key] != default[key]}
