@@ -131,4 +131,4 @@ def test_a_submitted_stage_joins_the_cluster_and_shows_its_progress(head: Head, 
         done.output
     )
     assert (tmp_path / "start" / "model.safetensors").is_file()
-    assert refused.code != 0 and "the run asks for 8 CPU, but the Ray cluster has 2 CPU, 0 GPU; lower the stage's num_cpus" in refused.output
+    assert refused.code != 0 and "asks for 8 CPU, but the Ray cluster has 2 CPU, 0 GPU; lower the stage's num_cpus" in refused.output
