@@ -18,7 +18,13 @@ TEMPLATE = "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}{
 
 ON_A_LAPTOP = (
     *("generator.num_gpus=0", "generator.count=1", "generator.enforce_eager=true", "generator.kv_cache_mib=16"),
-    *("generator.max_inflight=16", "generator.max_new_tokens=6", "generator.max_model_len=128", "run.object_store_mib=128"),
+    *(
+        "generator.max_inflight=16",
+        "prompts.max_tokens=0",
+        "generator.max_new_tokens=6",
+        "generator.max_model_len=128",
+        "run.object_store_mib=128",
+    ),
     *("learner.num_gpus=0", "learner.num_ranks=1", "learner.max_tokens_per_microbatch=2048", "scorer.num_gpus=0", "scorer.num_cpus=0"),
     *("reward.num_gpus=0", "reward.num_cpus=0", "batch_groups=4", "updates=2", "evaluation.num_prompts=4"),
 )
