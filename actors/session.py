@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 PREFIX = "arlhf-"
@@ -26,10 +27,16 @@ def open_session() -> Path | None:
     folder = make_session_folder()
     token = folder / "token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    token.write_text(_token(), encoding="utf-8")
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     return folder
+
+
+@cache
+def _token() -> str:
+    """One per process: Ray reads it once, also where the process starts a second Ray after the first."""
+    return secrets.token_hex(32)
 
 
 def make_session_folder() -> Path:

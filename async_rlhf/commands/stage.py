@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from async_rlhf.commands.signals import interruptible, on_ray, until_signal
 from async_rlhf.config.schema import Config
 from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
-from async_rlhf.rewards import absolute_reward
+from async_rlhf.rewards import absolute_rewards
 from async_rlhf.stages.messages import StageJob, StageProgress, StageResult, StageWatch
 from async_rlhf.stages.perform import finished, perform
 
@@ -62,7 +62,7 @@ def with_absolute_paths(config: Config) -> Config:
         sft=of_stage(config.sft),
         reward_model=replace(reward_model, path=absolute(reward_model.path)),
         relabel=of_stage(config.relabel),
-        reward=replace(config.reward, function=absolute_reward(config.reward.function) if config.reward.function else ""),
+        reward=absolute_rewards(config.reward),
     )
 
 

@@ -104,7 +104,7 @@ class _Finetuning:
         write_atomically(self._work.made / "stage.json", json.dumps(facts, indent=2) + "\n")
         self._work.finish()
         first = f"model: {self._work.target} ({self._max_steps} steps, {elapsed_s:.0f} s)"
-        lines = (first, f"held-out {_describe(start)} -> {_describe(end)}") if end else (first,)
+        lines = (first, f"{_describe(start)} -> {_describe(end)}") if end else (first,)
         return StageResult(target=self._work.target, lines=lines)
 
     def resume(self, step: int) -> None:

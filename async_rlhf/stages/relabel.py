@@ -122,7 +122,7 @@ class _Relabelling:
 
         def all_pairs() -> Iterator[PairRow]:
             for count, (name, source) in zip(counts, sources_of(self._config).items(), strict=True):
-                yield from usable(cast("Any", load_rows(name, source)), source, count, convert)
+                yield from usable(cast("Any", load_rows(name, source, "relabel.sources")), source, count, convert)
 
         return islice(all_pairs(), self._counts.read, None)
 

@@ -63,7 +63,7 @@ def read_sources(
     notes: list[str] = []
     for name, source in sources.items():
         count = RowCount(key=f"{section}.sources.{name}")
-        kept += usable(cast("Iterable[Row]", load_rows(name, source)), source, count, convert)
+        kept += usable(cast("Iterable[Row]", load_rows(name, source, f"{section}.sources")), source, count, convert)
         check_count(section, count, max_bad_share)
         notes += [count.describe()] if count.num_bad else []
     return kept, notes

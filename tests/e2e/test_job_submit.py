@@ -112,3 +112,23 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp
 
     assert done.code != 0
     assert "the run asks for 9 CPU, but the Ray cluster has 2 CPU" in done.output
+
+
+def test_a_submitted_stage_joins_the_cluster_and_shows_its_progress(head: Head, tmp_path: Path) -> None:
+    sizes = ("model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=64")
+    words = (
+        "task.max_operand=6",
+        "task.held_out=20",
+        "sft.batch_size=16",
+        "sft.learning_rate=1e-2",
+        "sft.eval_every=5",
+        "sft.max_steps=300",
+    )
+    done = head.submit("sft", *sizes, *words, "sft.target_accuracy=0.35", "--out", str(tmp_path / "start"))
+    refused = head.submit("sft", *sizes, *words, "sft.num_cpus=8", "--out", str(tmp_path / "other"))
+
+    assert done.code == 0 and "sft step 5: loss" in done.output and f"start: {tmp_path / 'start'} (held-out accuracy" in done.output, (
+        done.output
+    )
+    assert (tmp_path / "start" / "model.safetensors").is_file()
+    assert refused.code != 0 and "the run asks for 8 CPU, but the Ray cluster has 2 CPU, 0 GPU; lower the stage's num_cpus" in refused.output
