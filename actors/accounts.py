@@ -41,6 +41,7 @@ class Accounts:
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
+    skipped_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     score_moments: ScoreMoments = field(default_factory=ScoreMoments)
     health: Mapping[str, str] = field(default_factory=dict[str, str])
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -90,6 +91,7 @@ class Accounts:
         }
         self.dropped = {**counters.voided, **counters.dropped, **{f"refused_{why}": n for why, n in counters.refused.items()}}
         self.failed_prompts = counters.failed_prompts
+        self.skipped_rows = counters.skipped_rows
         self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
         return row
 

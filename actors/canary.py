@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 
@@ -25,6 +26,9 @@ STORE_SHARE = 0.8
 PERTURBATION = 0.5
 """Relative size of the noise that the canary must notice."""
 
+OF_ZEROS = 0.1
+"""What it is relative to where all numbers are 0, as in the adapters before the first update."""
+
 
 def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the folder's safetensors files, from their headers alone."""
@@ -36,14 +40,19 @@ def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def shapes_of_model(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of the folder's model: its files may have buffers too, and older names."""
+def shapes_of_versions(folder: Path, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a version: the parameters of the folder's model (its files may have buffers too, and older
+    names), or those of its adapters.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from async_rlhf.adapters import add_adapters, published
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    add_adapters(model, lora, seed=0)
+    return {part.name: tuple(part.weight.shape) for part in published(model, lora)}
 
 
 def check_room(shapes: Mapping[str, tuple[int, ...]], dtype: str, num_versions: int, store_bytes: float) -> None:
@@ -125,7 +134,7 @@ def _with_noise(array: np.ndarray, spec: TensorSpec, rng: np.random.Generator) -
     # A bfloat16 is the upper half of a float32.
     bf16 = spec.dtype == "bfloat16"
     values = (array.astype(np.uint16).astype(np.uint32) << 16).view(np.float32) if bf16 else array.astype(np.float32)
-    scale = PERTURBATION * max(float(values.std()), 1e-3)
+    scale = PERTURBATION * (max(float(values.std()), 1e-3) if values.any() else OF_ZEROS)
     noisy = (values + scale * rng.standard_normal(values.shape, dtype=np.float32)).astype(np.float32)
     if bf16:
         return (noisy.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from async_rlhf.adapters import add_adapters
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.policy import load_policy
 from async_rlhf.protocols import SampleRequest
@@ -31,9 +33,12 @@ class _Running:
 class TransformersEngine:
     """The reference engine; see Engine for its methods."""
 
-    def __init__(self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int) -> None:
+    def __init__(
+        self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int, lora: LoraConfig | None = None
+    ) -> None:
         """See VLLMEngine; the weights of the folder serve until load()."""
         self._model = load_policy(model_folder, torch.float32 if config.dtype == "float32" else torch.bfloat16).eval()
+        add_adapters(self._model, lora or LoraConfig(), seed=0)
         self._eos_token_id = eos_token_id
         self._max_new_tokens = config.max_new_tokens
         self._num_slots = num_slots

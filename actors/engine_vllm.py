@@ -12,22 +12,31 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from async_rlhf.adapters import save_adapters
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.errors import EngineError
 from async_rlhf.protocols import SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
 
 _CANARY = "canary"
+
+SHARED_MEMORY = Path("/dev/shm")
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks that vLLM can be made ready for."""
 
 
 class WeightInstaller:
@@ -54,15 +63,19 @@ def named_tensors(weights: WeightsVersion) -> Iterator[tuple[str, torch.Tensor]]
 
 
 class VLLMEngine:
-    """The default engine. Starts with random weights: load() must come first."""
+    """The default engine. load() must come before the first request."""
 
-    def __init__(self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int) -> None:
+    def __init__(
+        self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int, lora: LoraConfig | None = None
+    ) -> None:
         """
         Args:
-            model_folder: gives the architecture; its weights are not read.
+            model_folder: gives the architecture; its weights are read only where versions do not bring them.
             eos_token_id: ends a completion.
             num_slots: completions sampled at once.
+            lora: versions hold these adapters alone; None: all weights.
         """
+        self._lora = lora
         self._eos_token_id = eos_token_id
         self._max_new_tokens = config.max_new_tokens
         self._finished: list[tuple[str, tuple[Rollout, ...]]] = []
@@ -71,7 +84,7 @@ class VLLMEngine:
         arguments = EngineArgs(
             model=str(model_folder),
             skip_tokenizer_init=True,
-            load_format="dummy",
+            load_format="dummy" if lora is None else "auto",
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=num_slots + 1,  # one seat for the canary, or an install would wait for a completion to end
@@ -82,6 +95,9 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.engine_vllm.WeightInstaller",
             disable_log_stats=True,
+            enable_lora=lora is not None,
+            max_loras=1,
+            max_lora_rank=min(rank for rank in LORA_RANKS if rank >= (lora.rank if lora else 0)),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
 
@@ -103,7 +119,9 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(request.request_id, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters)
+        self._engine.add_request(
+            request.request_id, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters, lora_request=self._adapter("")
+        )
         self._num_samples[request.request_id] = request.num_samples
 
     def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
@@ -116,7 +134,10 @@ class VLLMEngine:
     def load(self, weights: WeightsVersion) -> None:
         """Install between two steps. On any error the engine is unusable: the caller ends the actor."""
         try:
-            self._engine.collective_rpc("install_weights", args=(weights,))
+            if self._lora is None:
+                self._engine.collective_rpc("install_weights", args=(weights,))
+            else:
+                self._load_adapter(weights, self._lora)
         except Exception as error:
             raise EngineError(f"vLLM could not load weights version {weights.manifest.version}: {error}") from error
         # Recompute the running prefixes too, so that every later token is sampled by the new policy alone.
@@ -126,7 +147,7 @@ class VLLMEngine:
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
         """Prompt log-probabilities of one extra request."""
         parameters = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        self._engine.add_request(_CANARY, {"prompt_token_ids": list(token_ids)}, parameters)
+        self._engine.add_request(_CANARY, {"prompt_token_ids": list(token_ids)}, parameters, lora_request=self._adapter(""))
         logprobs = None
         while logprobs is None:
             logprobs = self._step(_CANARY)
@@ -135,6 +156,19 @@ class VLLMEngine:
     def close(self) -> None:
         """Free the key/value cache and the model."""
         self._engine.engine_core.shutdown()
+
+    def _load_adapter(self, weights: WeightsVersion, lora: LoraConfig) -> None:
+        """In place of the last version's. vLLM takes adapters from files; they are read at once, so a moment in memory is enough."""
+        with TemporaryDirectory(prefix="async-rlhf-adapter-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as folder:
+            save_adapters(dict(named_tensors(weights)), lora, Path(folder), None)
+            if not self._engine.add_lora(cast(LoRARequest, self._adapter(folder))):
+                raise EngineError("vLLM did not take the adapters")
+
+    def _adapter(self, folder: str) -> LoRARequest | None:
+        """The only adapter: what is in `folder`, or, without one, what was loaded last. None: versions hold all weights."""
+        if self._lora is None:
+            return None
+        return LoRARequest(lora_name="policy", lora_int_id=1, lora_path=folder or "loaded", load_inplace=bool(folder))
 
     def _step(self, wanted: str | None) -> np.ndarray | None:
         """Step once; keep finished groups; return the prompt log-probabilities of request `wanted` once it is done."""

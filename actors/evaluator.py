@@ -10,9 +10,8 @@ from actors.remote import RemoteActor
 from actors.supervision import BROKEN
 from async_rlhf.errors import DeadlineError
 from async_rlhf.evaluation import Evaluation, Sample
-from async_rlhf.prompts import encode_problem, load_encode
+from async_rlhf.prompts import held_out_prompts
 from async_rlhf.run_plan import RunPlan
-from async_rlhf.tasks import load_task
 from async_rlhf.types import Prompt, Rollout
 
 POLL_S = 1.0
@@ -38,8 +37,7 @@ class Evaluator:
         Raises:
             DeadlineError: no generator gets to that version in time.
         """
-        encode = load_encode(self._plan.model_folder)
-        open_prompts = [encode_problem(problem, encode) for problem in load_task(self._plan.config.task).held_out()]
+        open_prompts = await asyncio.to_thread(held_out_prompts, self._plan.config, self._plan.model_folder)
         answers: list[Answer] = []
         while open_prompts:
             actors = await self._installed(version)

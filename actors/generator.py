@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_model, tolerance_of
+from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_versions, tolerance_of
 from actors.engine_loop import EngineLoop, EngineUsage
 from async_rlhf.config import Config
 from async_rlhf.errors import EngineError, WeightsError
@@ -35,7 +35,7 @@ class Generator:
         """
         self._config = config
         self._incarnation = incarnation
-        self._expected_shapes = shapes_of_model(Path(model_folder))
+        self._expected_shapes = shapes_of_versions(Path(model_folder), config.learner.lora)
         self._tolerance: float | None = None
         self._inflight: dict[str, Ticket] = {}
         self._answers: dict[str, tuple[Rollout, ...] | None] = {}
@@ -180,10 +180,11 @@ def make_engine(config: Config, model_folder: Path) -> Engine:
 
     eos_token_id = int(AutoTokenizer.from_pretrained(model_folder).eos_token_id)
     num_slots = config.generator.max_inflight
+    lora = config.learner.lora if config.learner.lora.publishes_adapters else None
     if config.generator.engine == "vllm":
         from actors.engine_vllm import VLLMEngine
 
-        return VLLMEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots)
+        return VLLMEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots, lora=lora)
     from actors.engine_transformers import TransformersEngine
 
-    return TransformersEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots)
+    return TransformersEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots, lora=lora)

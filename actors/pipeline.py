@@ -138,7 +138,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
             raise DeadlineError(
                 f"the learner waited {config.timeouts.batch_s:g} s for batch {update} (timeouts.batch_s); groups leased: "
                 f"{groups.leased}, scoring: {groups.scoring}, waiting: {groups.waiting} of {config.batch_groups}; the generators are "
-                "too slow, or stuck"
+                "too slow, or stuck, or a live source brought no rows"
             )
     return None
 

@@ -18,12 +18,11 @@ from async_rlhf.history import History
 from async_rlhf.journal import Journal, Mark
 from async_rlhf.ledger import Ledger
 from async_rlhf.metrics import BatchSummary
-from async_rlhf.prompts import PromptStream, load_encode
+from async_rlhf.prompts import make_stream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.rollouts import export_segment
 from async_rlhf.sharding import shard_batch
 from async_rlhf.staleness import StalenessRule
-from async_rlhf.tasks import load_task
 from async_rlhf.tickets import PutOutcome, QueueCounters, ReplaySettings
 from async_rlhf.types import ScoredGroup, Ticket
 
@@ -108,7 +107,7 @@ class ReplayQueue:
     def __init__(self, config: Config, model_folder: str, run_folder: str, session: int) -> None:
         """
         Args:
-            model_folder: its tokenizer encodes the prompts.
+            model_folder: its tokenizer encodes the prompts, which the config names.
             run_folder: holds the journal; what it says is where the queue begins.
             session: counts the drivers of this run; a new one revokes the leases of the one before.
         """
@@ -121,6 +120,8 @@ class ReplayQueue:
         self._num_minibatches = config.algorithm.minibatches_per_batch
         self._lease_s = config.queue.lease_s
         self._sync_s = config.queue.sync_s
+        self._poll_s = config.prompts.poll_s if any(source.live for source in config.prompts.sources.values()) else float("inf")
+        """New prompts may come with nobody to notify whoever waits for a ticket."""
         self._changed = asyncio.Condition()
         self._installed: dict[str, int] = {}
         self._revoked: set[str] = set()
@@ -144,7 +145,10 @@ class ReplayQueue:
                 if self._buffer.finished:
                     return None
                 granted = self._grant(holder, request, max_tickets)
-                if granted or not await changed_before(self._changed, ends):
+                if granted:
+                    return granted
+                looks_again = time.monotonic() + self._poll_s
+                if not await changed_before(self._changed, min(ends, looks_again)) and time.monotonic() >= ends:
                     return granted
 
     async def note(self, fact: Fact) -> None:
@@ -258,9 +262,7 @@ def _open(folder: Path) -> Journal:
 def make_buffer(config: Config, model_folder: str, ledger: Ledger) -> ReplayBuffer:
     """The buffer of a run, standing where its ledger stands."""
     queue = config.queue
-    prompts = PromptStream(
-        load_task(config.task), load_encode(Path(model_folder)), seed=config.seed, max_epochs=queue.max_epochs, cursor=ledger.cursor
-    )
+    prompts = make_stream(config, Path(model_folder), ledger.cursor)
     settings = ReplaySettings(
         num_updates=config.updates,
         order=queue.order,

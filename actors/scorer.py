@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from async_rlhf.config import Config
-from async_rlhf.rewards import Rating, call_reward, load_reward, open_reward
+from async_rlhf.rewards import Rating, open_metric, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
@@ -13,13 +13,16 @@ class Scorer:
     """Stateless between calls; a pool holds several."""
 
     def __init__(self, config: Config, model_folder: str, reward_path: str, metric_path: str) -> None:
-        """Load tokenizer, frozen reference, reward function and the task's own metric.
+        """Load tokenizer, frozen reference, reward function and metric.
 
+        Args:
+            metric_path: of the task's own metric; empty: evaluations measure the reward.
         Raises:
             ConfigError: a path does not import.
         """
         self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
-        self._metric = load_reward(metric_path)
+        own = self._reward if not metric_path else None
+        self._metric = own or open_metric(config.reward, reward_path, metric_path)
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 
@@ -64,14 +67,13 @@ class Scorer:
         return len(scored), scored
 
     def judge(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[float], list[str]]:
-        """The task's own metric of single completions, whatever the training reward is, and their texts: an evaluation.
+        """The metric of single completions, and their texts: an evaluation.
 
         Raises:
             RewardError: the reward function broke its contract.
         """
         texts = self._decode(rollouts)
-        scores = call_reward(self._metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
-        return [float(score) for score in scores], texts
+        return [float(score) for score in self._metric.rate(prompts, texts).scores], texts
 
     def _decode(self, rollouts: Sequence[Rollout]) -> list[str]:
         return self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)

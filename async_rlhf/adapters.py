@@ -1,11 +1,11 @@
-"""Low-rank adapters inside a model: PEFT makes them, weights leave merged, and the adapters alone are an ordinary PEFT folder.
+"""Low-rank adapters inside a model: PEFT makes them; they leave merged into the weights, or alone, as PEFT writes them.
 
 A layer W becomes W + alpha / rank * B A, of which A and B are trained and B begins as zero: the model then computes what it did.
 There is no dropout: a policy that is trained must give a token the probability with which it was sampled. Merging is arithmetic on a
 copy, anew for each version; W itself never changes, so nothing adds up in it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -81,7 +81,7 @@ def target_layers(model: PreTrainedModel, settings: LoraConfig) -> list[str]:
     return sorted(settings.target_modules) or known
 
 
-def parts(model: nn.Module) -> Iterator[Part]:
+def plain_parts(model: nn.Module) -> Iterator[Part]:
     """Every parameter of the plain model, in layer order, tied ones once."""
     layers: dict[str, Any] = {f"{name}.": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
@@ -101,26 +101,30 @@ def parts(model: nn.Module) -> Iterator[Part]:
             yield Part(name=prefix + kind, weight=parameter)
 
 
+def published(model: nn.Module, settings: LoraConfig) -> Iterator[Part]:
+    """What the generators get of the model: the plain model's parameters, or the adapters alone."""
+    if not settings.publishes_adapters:
+        return plain_parts(model)
+    return (Part(name=name, weight=parameter) for name, parameter in trained_parameters(model))
+
+
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What an optimizer changes: the adapters where there are any, else every parameter."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def save_adapters(model: PreTrainedModel, settings: LoraConfig, folder: Path, base: str | None) -> None:
-    """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json.
+def save_adapters(tensors: Mapping[str, Tensor], settings: LoraConfig, folder: Path, base: str | None) -> None:
+    """Write adapters as PEFT does: adapter_model.safetensors and adapter_config.json.
 
     Args:
+        tensors: by the names of trained_parameters.
         base: the hub's name of the model that they belong to; None: it has none.
     """
     from safetensors.torch import save_file
 
-    tensors = {
-        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": parameter.detach().cpu().contiguous()
-        for name, parameter in trained_parameters(model)
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
-    config = _peft_config(settings, names)
+    named = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _peft_config(settings, sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in named}))
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(str(folder))

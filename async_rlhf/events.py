@@ -18,7 +18,7 @@ class Granted:
     request: int
     """The holder's number of this request: asked again, it gets the same tickets."""
     cursor: PromptCursor
-    """Of the prompt stream, after these were drawn."""
+    """Of the prompt stream, after these were drawn, without the files that earlier ones list: see PromptCursor.since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from async_rlhf.events import (
     Trained,
 )
 from async_rlhf.ledger import BatchEntry, Ledger, Slot, Tally
-from async_rlhf.prompts import PromptCursor
+from async_rlhf.prompts import PromptCursor, SourceCursor
 from async_rlhf.tickets import PutOutcome, TicketState
 from async_rlhf.types import Prompt, ScoredGroup, Ticket
 
@@ -85,7 +85,7 @@ def decode(kind: str, payload: bytes, find: Find) -> list[Event]:
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(payload).items()}
     if kind == GRANTED:
         tickets = tuple(_ticket_from_json(ticket) for ticket in fields["tickets"])
-        return [Granted(tickets=tickets, request=fields["request"], cursor=PromptCursor(**fields["cursor"]))]
+        return [Granted(tickets=tickets, request=fields["request"], cursor=_cursor_from_json(fields["cursor"]))]
     if kind == ANNULLED:
         fields["returned"] = tuple(find(ticket_id) for ticket_id in fields["returned"])
         return [Annulled(**fields)]
@@ -131,7 +131,7 @@ def ledger_from_json(fields: Mapping[str, Any]) -> Ledger:
         ledger.batches[int(update)] = BatchEntry(**of_batch)
     ledger.requests = {holder: (number, tuple(ids)) for holder, (number, ids) in fields["requests"].items()}
     ledger.decided, ledger.lineage, ledger.session = fields["decided"], fields["lineage"], fields["session"]
-    ledger.cursor = PromptCursor(**fields["cursor"])
+    ledger.cursor = _cursor_from_json(fields["cursor"])
     tally: dict[str, Any] = {name: Counter(value) if isinstance(value, dict) else value for name, value in fields["tally"].items()}
     ledger.tally = Tally(**tally)
     return ledger
@@ -154,6 +154,11 @@ def _ticket_from_json(fields: Mapping[str, Any]) -> Ticket:
     )
     rest: dict[str, Any] = {**fields, "prompt": prompt}
     return Ticket(**rest)
+
+
+def _cursor_from_json(fields: Mapping[str, Any]) -> PromptCursor:
+    sources = {name: SourceCursor(**source) for name, source in fields.get("sources", {}).items()}
+    return PromptCursor(epoch=fields["epoch"], index=fields["index"], sources=sources)
 
 
 def _dump(fields: Mapping[str, Any]) -> bytes:

@@ -97,6 +97,7 @@ class Ledger:
             failed_prompts=dict(self.failed_prompts),
             dropped=dict(tally.dropped),
             refused=dict(tally.refused),
+            skipped_rows=self.cursor.skipped,
         )
 
     def record(self, event: Event) -> None:
@@ -152,7 +153,7 @@ class Ledger:
                 self.tally.reissued += 1
             self.slots.setdefault(ticket.ticket_id, Slot(ticket=ticket, state=TicketState.LEASED)).ticket = ticket
             self.slots[ticket.ticket_id].state = TicketState.LEASED
-        self.cursor = event.cursor
+        self.cursor = event.cursor.onto(self.cursor)
         self.requests[event.tickets[0].holder] = (event.request, tuple(ticket.ticket_id for ticket in event.tickets))
 
     def _fail(self, event: Failed) -> None:

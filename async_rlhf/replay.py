@@ -87,7 +87,7 @@ class ReplayBuffer:
                 )
             )
         if tickets:
-            self.ledger.record(Granted(tickets=tuple(tickets), request=request, cursor=self._prompts.cursor))
+            self.ledger.record(Granted(tickets=tuple(tickets), request=request, cursor=self._prompts.cursor.since(self.ledger.cursor)))
         for ticket in tickets:
             slots[ticket.ticket_id].lease_ends_s = now_s + self._settings.lease_s
         return tickets

@@ -215,7 +215,7 @@ def _numbers(run: RunRecord) -> str:
         _row("Largest staleness trained", largest),
         _row("Generators idle", _known(summary.get("generator_idle_share"), ".1%")),
         _row("Learner idle", _known(summary.get("learner_idle_share"), ".1%")),
-        _row("Dropped groups", _dropped(summary.get("dropped"))),
+        *(_row(label, _dropped(summary.get(key))) for label, key in (("Dropped groups", "dropped"), ("Skipped rows", "skipped_rows"))),
     ]
     return f"<table><tbody>{''.join(body)}</tbody></table>"
 

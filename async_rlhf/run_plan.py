@@ -5,6 +5,9 @@ from pathlib import Path
 
 from async_rlhf.checkpoints import Checkpoint
 from async_rlhf.config import Config
+from async_rlhf.errors import ConfigError
+from async_rlhf.rewards import absolute_reward
+from async_rlhf.tasks import load_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class RunPlan:
     reward: str
     """Import path of the training reward."""
     metric: str
-    """Import path of the task's own metric, for evaluations."""
+    """Import path of the task's own metric, for evaluations; empty: they measure the reward."""
     session: int = 0
     """Drivers that the run had before this one."""
     checkpoint: Checkpoint | None = None
@@ -32,3 +35,18 @@ class RunPlan:
     def run_id(self) -> str:
         """Names the run in its state, its summary and Ray's namespace."""
         return self.run_folder.name
+
+
+def reward_and_metric(config: Config) -> tuple[str, str]:
+    """Import paths of what a run is trained on, and of what its evaluations measure; empty where reward.parts do it.
+
+    Raises:
+        ConfigError: a dataset task without a reward.
+    """
+    own = absolute_reward(config.reward.function) if config.reward.function else ""
+    if config.task.name != "dataset":
+        metric = load_task(config.task).reward
+        return own or metric, metric
+    if not own and not config.reward.parts:
+        raise ConfigError("task.name dataset has no reward of its own; give reward.function=file.py:score, or reward.parts")
+    return own, own

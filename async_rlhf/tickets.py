@@ -77,6 +77,8 @@ class QueueCounters:
     refused: Mapping[str, int]
     failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Prompt id -> why nobody could score it: the first of those voided as failed."""
+    skipped_rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Reason -> rows of the prompts' sources that no prompt was made of, each time they came round."""
 
     @property
     def balanced(self) -> bool:

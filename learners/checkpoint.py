@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,8 +52,8 @@ class LearnerFacts:
     optimizer_steps: int
     model_steps: dict[str, int]
     """Model (`policy`, `critic`) -> optimizer steps behind it."""
-    lora: dict[str, Any] = field(default_factory=lambda: asdict(LoraConfig()))
-    """The adapters that were trained, as `learner.lora`; with rank 0 the policy's own weights were."""
+    lora: dict[str, Any] = field(default_factory=lambda: LoraConfig().identity)
+    """LoraConfig.identity of the adapters that were trained; with rank 0 the policy's own weights were."""
 
 
 Content = Mapping[str, Tensor] | Mapping[str, Any]
@@ -227,10 +227,10 @@ class SavedLearner:
         Raises:
             ConfigError: it was not written for these models, or for other adapters.
         """
-        if asdict(lora) != self.facts.lora:
+        if lora.identity != self.facts.lora:
             raise ConfigError(
                 f"{self._folder / FACTS_NAME}: the checkpoint was written with learner.lora {self.facts.lora}, but is to be read with "
-                f"{asdict(lora)}; resume with the same adapters (or start a new run from the exported model)"
+                f"{lora.identity}; resume with the same adapters (or start a new run from the exported model)"
             )
         if set(models) != set(self.facts.model_steps):
             raise ConfigError(

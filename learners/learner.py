@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from async_rlhf.adapters import add_adapters
+from async_rlhf.adapters import add_adapters, published
 from async_rlhf.batching import Microbatch, Unit, with_proximal
 from async_rlhf.config import Config
 from async_rlhf.export import save_policy
@@ -75,11 +75,11 @@ class Learner:
         )
 
     def snapshot(self, version: int) -> WeightsVersion | None:
-        """An immutable copy of the policy, with canary, in the generators' dtype; None on ranks other than 0."""
+        """An immutable copy of what the generators get, with canary, in their dtype; None on ranks other than 0."""
         engine = self._policy.engine
         logprobs = score_canary(engine, self._canary_ids, self._policy.device, self._config.learner.batching)
         return snapshot(
-            model_of(engine),
+            published(model_of(engine), self._config.learner.lora),
             version=version,
             dtype=self._config.generator.dtype,
             keep=dist.get_rank() == 0,
@@ -118,7 +118,7 @@ class Learner:
                 zero_stage=self._config.learner.zero_stage,
                 precision=self._config.learner.precision,
                 optimizer_steps=self._optimizer_steps,
-                lora=asdict(self._config.learner.lora),
+                lora=self._config.learner.lora.identity,
                 model_steps={name: model.num_steps for name, model in self._models.items()},
             )
             files[FACTS_NAME] = asdict(facts)

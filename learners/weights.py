@@ -1,12 +1,12 @@
 """Gather the policy from its ranks, adapters merged: under ZeRO-3 every rank holds a part of every parameter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from async_rlhf.adapters import Part, parts
+from async_rlhf.adapters import Part, plain_parts
 from async_rlhf.snapshot import make_snapshot
 from async_rlhf.types import WeightsVersion
 
@@ -15,24 +15,23 @@ BUCKET_BYTES = 64 << 20
 
 
 def snapshot(
-    model: nn.Module, *, version: int, dtype: str, keep: bool, canary_ids: tuple[int, ...], canary_logprobs: tuple[float, ...]
+    parts: Iterable[Part], *, version: int, dtype: str, keep: bool, canary_ids: tuple[int, ...], canary_logprobs: tuple[float, ...]
 ) -> WeightsVersion | None:
-    """An immutable copy of the model's parameters; see make_snapshot. A collective call under ZeRO-3.
+    """An immutable copy of the parts; see make_snapshot. A collective call under ZeRO-3.
 
     Args:
         keep: whether this rank wants the result; the others only take part in the gathering, and get None.
     """
     if not keep:
-        for _ in gathered(model):
+        for _ in gathered(parts):
             pass
         return None
-    parameters = gathered(model)
-    return make_snapshot(parameters, version=version, dtype=dtype, canary_ids=canary_ids, canary_logprobs=canary_logprobs)
+    return make_snapshot(gathered(parts), version=version, dtype=dtype, canary_ids=canary_ids, canary_logprobs=canary_logprobs)
 
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Every parameter by name, on the CPU, in its own dtype; empty where keep is False. A collective call under ZeRO-3."""
-    return {name: tensor.detach().to("cpu", model_dtype(model), copy=True) for name, tensor in gathered(model) if keep}
+    return {name: tensor.detach().to("cpu", model_dtype(model), copy=True) for name, tensor in gathered(plain_parts(model)) if keep}
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
@@ -40,11 +39,11 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the plain model with its full value, adapters merged, in layer order. Use each before asking for the next."""
+def gathered(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    """Every part by name with its full value, adapters merged. Use each before asking for the next."""
     bucket: list[Part] = []
     num_bytes = 0
-    for part in parts(model):
+    for part in parts:
         bucket.append(part)
         num_bytes += sum(getattr(each, "ds_numel", each.numel()) * each.element_size() for each in part.parameters)
         if num_bytes >= BUCKET_BYTES:

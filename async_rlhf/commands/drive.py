@@ -173,6 +173,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "learner_idle_share": accounts.learner_idle_share,
         "dropped": dict(accounts.dropped),
         "failed_prompts": dict(accounts.failed_prompts),
+        "skipped_rows": dict(accounts.skipped_rows),
         "restarts": dict(accounts.restarts),
         "session": accounts.session,
         "checkpoint": accounts.checkpoint,

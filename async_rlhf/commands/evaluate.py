@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,12 +10,13 @@ from rich.table import Table
 
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.model_folders import check_model_folder
-from async_rlhf.prompts import encode_problem, load_encode
-from async_rlhf.rewards import call_reward, load_reward
-from async_rlhf.tasks import load_task
+from async_rlhf.prompts import held_out_prompts
+from async_rlhf.rewards import open_metric
+from async_rlhf.run_plan import reward_and_metric
 from async_rlhf.types import InstallReport, WeightsVersion
 
 ENVIRONMENT = {
@@ -38,6 +40,7 @@ def run_evaluate(model: Path, words: list[str], console: Console) -> None:
         ConfigError: no model there, or a wrong setting.
     """
     folder, config = _resolve(model, words)
+    config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
     check_model_folder(folder)
     # Before the engine is imported: it reads them then.
     for name, value in ENVIRONMENT.items():
@@ -68,9 +71,8 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
     from actors.generator import Generator
     from async_rlhf.snapshot import snapshot_of_folder
 
-    task, encode = load_task(config.task), load_encode(folder)
-    prompts = [encode_problem(problem, encode) for problem in task.held_out()]
-    tokenizer, metric = AutoTokenizer.from_pretrained(folder), load_reward(task.reward)
+    prompts = held_out_prompts(config, folder)
+    tokenizer, metric = AutoTokenizer.from_pretrained(folder), open_metric(config.reward, *reward_and_metric(config))
     # Before the engine: vLLM changes transformers' own classes for some architectures.
     weights: WeightsVersion = snapshot_of_folder(folder, config.generator.dtype)
     generator = Generator(config, str(folder), "eval")
@@ -80,7 +82,7 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
         for name, temperature in (("greedy", 0.0), (f"temperature {config.generator.temperature:g}", config.generator.temperature)):
             rollouts = generator.evaluate(prompts, temperature)
             texts = tokenizer.batch_decode([r.completion_ids.tolist() for r in rollouts], skip_special_tokens=True)
-            scores = call_reward(metric, [p.text for p in prompts], texts, [p.columns for p in prompts])
+            scores = metric.rate(prompts, texts).scores
             samples = tuple(
                 Sample(prompt=p.text, completion=text, expected=str(p.columns.get("answer", "")), score=float(score))
                 for p, text, score in zip(prompts, texts, scores, strict=True)
@@ -89,4 +91,5 @@ def _evaluate(folder: Path, config: Config) -> list[tuple[str, Evaluation, float
             results.append((name, evaluation, sum(len(r.completion_ids) for r in rollouts) / len(rollouts)))
     finally:
         generator.close()
+        metric.close()
     return results

@@ -3,10 +3,13 @@
 Reads JSON, YAML and safetensors alone, and starts neither Ray nor DeepSpeed: the run folder of a stranger is safe to export.
 """
 
+import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -19,6 +22,9 @@ from async_rlhf.files import whole_folder
 from async_rlhf.model_card import CARD, hub_id, model_card
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.state import read_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run_export(run: Path, out: Path | None, version: int | None, adapter: bool, console: Console) -> None:
@@ -41,13 +47,12 @@ def run_export(run: Path, out: Path | None, version: int | None, adapter: bool, 
     checkpoint = None if finished else _checkpoint(run, version)
     state = checkpoint.state if checkpoint is not None else read_state(run)
     folder = _free(out.resolve() if out is not None else run / "export" / f"{state.version:08d}{'-adapter' if adapter else ''}")
-    if checkpoint is not None:
-        check_model_folder(base)
+    policy = None if checkpoint is None else _load(checkpoint, config, base, adapter)
     with _written(folder) as made:
-        if checkpoint is None:
+        if policy is None:
             shutil.copytree(run / "model", made, dirs_exist_ok=True)
         else:
-            _save(checkpoint, config, base, made, adapter)
+            policy.save(made, base, config.generator.temperature)
         (made / CARD).write_text(model_card(run, config, state, base=base, adapter=adapter), encoding="utf-8")
     where = f"checkpoint of version {state.version}" if checkpoint is not None else f"finished run, version {state.version}"
     console.print(f"exported: {folder} ({where})", markup=False, highlight=False, soft_wrap=True)
@@ -76,12 +81,36 @@ def _written(folder: Path) -> Generator[Path]:
         raise ConfigError(f"{folder} cannot be written: {error}; name another folder by --out") from error
 
 
-def _save(checkpoint: Checkpoint, config: Config, base: Path, folder: Path, adapter: bool) -> None:
-    """Put the checkpoint's weights into the base model, and write it, or its adapters."""
+@dataclass(frozen=True, kw_only=True)
+class _Policy:
+    """A checkpoint's weights in the base model, to be written with or without it."""
+
+    model: "PreTrainedModel"
+    lora: LoraConfig
+    adapter: bool
+
+    def save(self, folder: Path, base: Path, temperature: float) -> None:
+        from async_rlhf.adapters import plain_parts, save_adapters, trained_parameters
+        from async_rlhf.export import save_policy, save_tokenizer
+
+        if self.adapter:
+            adapters = {name: parameter.detach() for name, parameter in trained_parameters(self.model)}
+            save_adapters(adapters, self.lora, folder, hub_id(base))
+            save_tokenizer(base, folder)
+        else:
+            weights = {part.name: part.merged().detach().to(part.weight.dtype) for part in plain_parts(self.model)}
+            save_policy(self.model, weights, folder, start=base, temperature=temperature)
+
+
+def _load(checkpoint: Checkpoint, config: Config, base: Path, adapter: bool) -> _Policy:
+    """
+    Raises:
+        ConfigError: there are no adapters, no base model, or it is another one.
+    """
+    os.environ.setdefault("DS_LOG_LEVEL", "error")  # libraries import DeepSpeed where they find it, and it says that there is no GPU
     import torch
 
-    from async_rlhf.adapters import add_adapters, parts, save_adapters, trained_parameters
-    from async_rlhf.export import save_policy, save_tokenizer
+    from async_rlhf.adapters import add_adapters, trained_parameters
     from async_rlhf.policy import load_policy
     from async_rlhf.snapshot import DTYPES
     from learners.checkpoint import MASTER, SavedLearner
@@ -90,17 +119,12 @@ def _save(checkpoint: Checkpoint, config: Config, base: Path, folder: Path, adap
     lora = LoraConfig(**saved.facts.lora)
     if adapter and not lora.rank:
         raise ConfigError(f"{checkpoint.folder} holds a whole model, no adapters (learner.lora.rank is 0); export it without --adapter")
-    dtype = DTYPES[saved.facts.precision]
-    model = load_policy(base, dtype)
+    check_model_folder(base)
+    model = load_policy(base, DTYPES[saved.facts.precision])
     add_adapters(model, lora, config.seed)
     trained = dict(trained_parameters(model))
     state = saved.model("policy", {name: tuple(parameter.shape) for name, parameter in trained.items()})
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state.read(f"{MASTER}/{name}"))
-    if adapter:
-        save_adapters(model, lora, folder, hub_id(base))
-        save_tokenizer(base, folder)
-        return
-    weights = {part.name: part.merged().detach().to(dtype) for part in parts(model)}
-    save_policy(model, weights, folder, start=base, temperature=config.generator.temperature)
+    return _Policy(model=model, lora=lora, adapter=adapter)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,25 @@ from rich.console import Console
 from async_rlhf.checkpoints import Checkpoint, newest
 from async_rlhf.commands.drive import drive
 from async_rlhf.config import Config, load_config, to_yaml
+from async_rlhf.config.fields import named_section
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
+from async_rlhf.prompts import absolute_sources, check_prompts
 from async_rlhf.recorder import HIDDEN, without_secrets
 from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import read_state, write_atomically
 
-FIXED = ("batch_groups", "max_staleness", "task", "seed")
+FIXED = ("batch_groups", "max_staleness", "task", "seed", "prompts.held_out")
 """The arithmetic of slots, or the order of prompts, depends on these."""
 
-HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "num_cpus", "num_gpus")
+FIXED_OF_SOURCES = ("path", "subset", "split", "streaming", "live")
+"""Of a source that was drawn from: its position counts these very rows. Others may join it, and it may leave."""
+
+HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "lora.publish", "num_cpus", "num_gpus")
 """Of `learner`: an update comes out the same, up to rounding."""
 
 
@@ -46,7 +51,9 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
 def _resume(folder: Path, before: Config, config: Config, version: int | None, console: Console) -> int:
     state = read_state(folder) if (folder / "state.json").is_file() else None
     changed = _changes(before, config)
-    fixed = [change for change in changed if change.split(" ")[0].split(".")[0] in FIXED]
+    fixed = [change for change in changed if _is_fixed(change.split(" ")[0])]
+    if bool(before.evaluation.sources) != bool(config.evaluation.sources) and before.prompts.sources:
+        fixed.append("evaluation.sources (whether there are any decides which rows of prompts.sources are trained)")
     if fixed:
         raise ConfigError(f"resume cannot change {', '.join(fixed)}; start a new run for that (model.path={folder / 'model'})")
     checkpoint, skipped = newest(folder, version)
@@ -65,6 +72,8 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         reward = absolute_reward(config.reward.function) or origin["metric"]
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
+    config = absolute_sources(config)
+    check_prompts(config, model_folder)
     undo = any(_changes_training(change) for change in changed)
     at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
     _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
@@ -131,9 +140,23 @@ def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
         old, new = getattr(before, item.name), getattr(after, item.name)
         if dataclasses.is_dataclass(old):
             changes += _changes(old, new, f"{prefix}{item.name}.")
+        elif named_section(item.type):
+            changes += _changes_of_named(old, new, f"{prefix}{item.name}.")
         elif old != new:
             changes.append(f"{prefix}{item.name} {old} -> {new}")
     return changes
+
+
+def _changes_of_named(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> list[str]:
+    """Of sections that the user names: those that both have, and those that came or went."""
+    changes = [change for name in before if name in after for change in _changes(before[name], after[name], f"{prefix}{name}.")]
+    changes += [f"{prefix}{name} -> left out" for name in before if name not in after]
+    return changes + [f"{prefix}{name} added" for name in after if name not in before]
+
+
+def _is_fixed(key: str) -> bool:
+    section, _, rest = key.partition(".sources.")
+    return key in FIXED or key.split(".")[0] in FIXED or (section == "prompts" and rest.partition(".")[2] in FIXED_OF_SOURCES)
 
 
 def _changes_training(change: str) -> bool:

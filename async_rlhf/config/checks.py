@@ -65,6 +65,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _group_contradictions(config)
     yield from _algorithm_contradictions(config)
     yield from _batch_contradictions(config)
+    yield from _prompt_contradictions(config)
     yield from _reward_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
@@ -74,6 +75,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
         yield f"run.name must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {config.run.name!r}"
+    if config.learner.lora.publishes_adapters and config.learner.lora.rank > 512:
+        yield (
+            f"learner.lora.publish adapter takes ranks up to 512, which is as far as vLLM goes, got {config.learner.lora.rank}; "
+            "set learner.lora.publish=merged"
+        )
     if config.generator.max_new_tokens >= config.generator.max_model_len:
         yield (
             f"generator.max_new_tokens ({config.generator.max_new_tokens}) leaves no room for a prompt in "
@@ -135,6 +141,24 @@ def _algorithm_contradictions(config: Config) -> Iterator[str]:
             f"algorithm.correction_cap belongs to the corrections truncated and masked, got {algorithm.correction_cap:g} with "
             f"{algorithm.correction}; leave it out"
         )
+
+
+def _prompt_contradictions(config: Config) -> Iterator[str]:
+    prompts, room = config.prompts, config.generator.max_model_len - config.generator.max_new_tokens
+    if prompts.sources and config.task.name != "dataset":
+        yield f"prompts.sources are read by task.name dataset alone, got task.name {config.task.name}; set task.name=dataset"
+    for name, source in prompts.sources.items():
+        if source.live and source.streaming:
+            yield f"prompts.sources.{name} is live, and so never read as a stream; leave streaming out"
+        if source.path.startswith("sqlite:") and not source.live:
+            yield f"prompts.sources.{name}: a table is read row by row, as live sources are; set prompts.sources.{name}.live=true"
+    if prompts.max_tokens > room:
+        yield (
+            f"prompts.max_tokens ({prompts.max_tokens}) must leave room for generator.max_new_tokens ({config.generator.max_new_tokens}) "
+            f"in generator.max_model_len ({config.generator.max_model_len}): at most {room}"
+        )
+    if 0 < prompts.max_tokens < prompts.min_tokens:
+        yield f"prompts.max_tokens ({prompts.max_tokens}) must be at least prompts.min_tokens ({prompts.min_tokens})"
 
 
 def _batch_contradictions(config: Config) -> Iterator[str]:

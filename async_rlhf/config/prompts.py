@@ -44,7 +44,8 @@ class PromptsConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     """Name -> source; drawn from by weight."""
     held_out: int = number(200, ge=0, le=10_000_000)
-    """Rows at the beginning of each source that are kept for evaluations and never trained; 0 where `evaluation.sources` are given."""
+    """Rows at the beginning of each source that are kept for evaluations and never trained. Where `evaluation.sources` are given, and of
+    live sources, none are."""
     min_tokens: int = number(1, ge=1, le=1 << 22)
     """Shorter prompts are skipped, and counted."""
     max_tokens: int = number(0, ge=0, le=1 << 22)
@@ -54,7 +55,7 @@ class PromptsConfig:
     system: str = ""
     """A system message put before chat prompts that have none."""
     shuffle_rows: int = number(10_000, ge=1, le=10_000_000)
-    """Streaming sources are shuffled in blocks of so many rows."""
+    """Streaming sources are shuffled in blocks of so many rows, one of which is in memory."""
     poll_s: float = number(5.0, gt=0.0, le=1e6)
     """Seconds between two looks for new rows of a live source."""
     max_bad_share: float = number(0.1, ge=0.0, le=1.0)

@@ -8,7 +8,7 @@ from async_rlhf.rewards.base import Rating, Reward
 from async_rlhf.rewards.checks import check_rewards
 from async_rlhf.rewards.functions import RewardFunction, absolute_reward, call_reward, load_reward
 from async_rlhf.rewards.judge import compare
-from async_rlhf.rewards.sums import absolute_rewards, open_reward
+from async_rlhf.rewards.sums import absolute_rewards, open_metric, open_reward
 
 __all__ = [
     "Rating",
@@ -20,5 +20,6 @@ __all__ = [
     "check_rewards",
     "compare",
     "load_reward",
+    "open_metric",
     "open_reward",
 ]

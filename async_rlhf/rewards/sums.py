@@ -39,6 +39,16 @@ def open_reward(config: RewardConfig, default: str) -> Reward:
     return WeightedSum(parts, weights)
 
 
+def open_metric(config: RewardConfig, reward: str, metric: str) -> Reward:
+    """What evaluations measure: the task's own metric, or, of a task that has none, what it is trained on.
+
+    Args:
+        reward: see open_reward.
+        metric: import path; empty: there is none.
+    """
+    return FunctionReward(metric, RewardPartConfig()) if metric else open_reward(config, reward)
+
+
 def open_part(name: str, part: RewardPartConfig, default: str) -> Reward:
     """One reward by its kind; heavy imports happen here."""
     key = f"reward.parts.{name}"

@@ -1,6 +1,7 @@
 """The generator on the real vLLM, hosted by Ray: what it samples is what the installed weights say."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +14,16 @@ import torch
 
 from actors.generator import Generator
 from actors.launch import ActorSpec, Cluster
-from actors.remote import RemoteActor
+from actors.remote import RemoteActor, kill
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import WeightsError
 from async_rlhf.policy import load_policy
 from async_rlhf.snapshot import snapshot_of_folder
 from async_rlhf.types import Rollout, RolloutGroup, WeightsVersion
+from tests.support.adapted import adapted_policy, adapted_version
 from tests.support.cluster import local_cluster, make_model_folder, small_config
 from tests.support.samples import make_ticket
+from tests.support.tiny_policy import logprobs_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -144,3 +148,33 @@ def test_weights_that_the_canary_does_not_recognise_end_the_generator(
         ask(generator, "install", impostor)
     with pytest.raises(Exception, match="the engine failed"):
         ask(generator, "usage")
+
+
+# Adapters alone.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_adapters_are_replaced_between_two_tokens(cluster: Cluster, tmp_path: Path, family: str) -> None:
+    """Rank 3 is none of the ranks that vLLM knows by itself."""
+    folder, lora = make_model_folder(tmp_path / "start", family=family), LoraConfig(rank=3, alpha=6.0, publish="adapter")
+    config = dataclasses.replace(CONFIG, learner=dataclasses.replace(CONFIG.learner, lora=lora))
+    spec = ActorSpec(name=f"adapted-{family}", cls=Generator, args=(config, str(folder), "adapted"), max_concurrency=8)
+    actor = cluster.start(spec)
+    try:
+        assert ask(actor, "install", adapted_version(folder, lora, 0)).canary_error < 1e-4
+        assert ask(actor, "install", adapted_version(folder, lora, 1)).canary_error < 1e-4
+        ask(actor, "submit", [make_ticket(index, seed=index) for index in range(24)])
+        time.sleep(0.15)
+        assert ask(actor, "install", adapted_version(folder, lora, 2)).canary_error < 1e-4
+        rollouts = [rollout for group in collect(actor, 24) for rollout in group.rollouts]
+    finally:
+        kill(actor)
+
+    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
+    assert mixed, "no completion lived through the install"
+    models, prompt = [adapted_policy(folder, lora, version) for version in (1, 2)], make_ticket().prompt.token_ids.tolist()
+    for rollout in mixed[:5]:
+        old, new = rollout.version_spans
+        before, after = (logprobs_of(model, prompt, rollout.completion_ids.tolist(), TEMPERATURE) for model in models)
+        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
+        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)

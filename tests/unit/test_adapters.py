@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from async_rlhf.adapters import add_adapters, parts, save_adapters, trained_parameters
+from async_rlhf.adapters import add_adapters, plain_parts, save_adapters, trained_parameters
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.errors import ConfigError
@@ -56,7 +56,7 @@ def test_rank_0_leaves_every_weight_to_be_trained() -> None:
 
     add_adapters(model, LoraConfig(), seed=0)
 
-    assert [name for name, _ in trained_parameters(model)] == [part.name for part in parts(model)] == names
+    assert [name for name, _ in trained_parameters(model)] == [part.name for part in plain_parts(model)] == names
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -65,7 +65,7 @@ def test_the_merged_weights_compute_in_the_plain_model_what_the_adapters_compute
     model, plain = trained_model(family, tied), plain_model(family, tied)
     before = logits(plain)
 
-    merged = {part.name: part.merged() for part in parts(model)}
+    merged = {part.name: part.merged() for part in plain_parts(model)}
 
     assert merged.keys() == dict(plain.named_parameters()).keys()
     assert list(merged) == [name for name, _ in plain.named_parameters()], "in layer order, as weights travel"
@@ -81,7 +81,7 @@ def test_merging_is_base_plus_alpha_over_rank_times_b_a_and_leaves_the_base_as_i
     name = "model.layers.1.mlp.up_proj"
 
     for _ in range(50):
-        merged = {part.name: part.merged().detach().clone() for part in parts(model)}
+        merged = {part.name: part.merged().detach().clone() for part in plain_parts(model)}
 
     layer = model.get_submodule(name)
     expected = base[f"{name}.weight"] + 2.5 * layer.lora_B.default.weight @ layer.lora_A.default.weight
@@ -150,7 +150,7 @@ def test_adapters_of_a_bfloat16_model_are_bfloat16_and_merge_in_float32() -> Non
     with torch.no_grad():
         layer.lora_B.default.weight.fill_(1e-5)
 
-    merged = next(part.merged() for part in parts(model) if part.name == name)
+    merged = next(part.merged() for part in plain_parts(model) if part.name == name)
 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and merged.dtype == torch.float32
     assert float((merged != layer.base_layer.weight.float()).float().mean()) > 0.99
@@ -163,11 +163,13 @@ def test_peft_loads_saved_adapters_on_the_base_and_merges_them_alike(family: str
     plain_model(family).save_pretrained(tmp_path / "base")
     (tmp_path / "adapter").mkdir()
 
-    save_adapters(model, LORA, tmp_path / "adapter", base="owner/name")
+    save_adapters(
+        {name: parameter.detach() for name, parameter in trained_parameters(model)}, LORA, tmp_path / "adapter", base="owner/name"
+    )
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.peft_config["default"].base_model_name_or_path == "owner/name"
     peft_merged = dict(loaded.merge_and_unload().named_parameters())
-    for part in parts(model):
+    for part in plain_parts(model):
         torch.testing.assert_close(part.merged(), peft_merged[part.name], atol=1e-6, rtol=1e-6)

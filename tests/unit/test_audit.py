@@ -17,7 +17,7 @@ from async_rlhf.events import Decided, Dropped, Event, Failed, Granted, Trained
 from async_rlhf.history import History
 from async_rlhf.journal import Journal
 from async_rlhf.ledger import FAILED
-from async_rlhf.prompts import PromptCursor, PromptStream
+from async_rlhf.prompts import PromptCursor, TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.rollouts import FOLDER, export_all, export_segment
 from async_rlhf.staleness import StalenessRule
@@ -51,7 +51,7 @@ class MadeUpRun:
     def _begin(self) -> None:
         self.history = History(Journal(self.folder / "journal"), CONFIG.reward, {"batch_groups": SIZE, "max_staleness": ETA}, 0)
         cursor = self.history.ledger.cursor
-        prompts = PromptStream(NumberedProblems(), lambda text: [len(text)], seed=0, max_epochs=0, cursor=cursor)
+        prompts = TaskStream(NumberedProblems(), lambda text: [len(text)], seed=0, max_epochs=0, cursor=cursor)
         settings = ReplaySettings(num_updates=UPDATES, max_replacements_per_batch=1, max_attempts=1)
         rule = StalenessRule(batch_groups=SIZE, max_staleness=ETA)
         self.buffer = ReplayBuffer(rule, prompts, settings, self.history.ledger)

@@ -19,11 +19,12 @@ from actors.canary import (
     check_tensors,
     perturbed,
     shapes_of_folder,
-    shapes_of_model,
+    shapes_of_versions,
     tolerance_of,
 )
 from actors.generator import Generator
 from async_rlhf.config import load_config
+from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.policy import load_policy
 from async_rlhf.snapshot import snapshot_of_folder
@@ -112,9 +113,9 @@ def test_expected_are_the_parameters_that_a_learner_has_whatever_else_older_file
     save_file({**tensors, "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 8, 8), np.float32)}, folder / "model.safetensors")
     parameters = {name: tuple(parameter.shape) for name, parameter in load_policy(folder).named_parameters()}
 
-    assert shapes_of_model(folder) == parameters
+    assert shapes_of_versions(folder, LoraConfig()) == parameters
     assert "lm_head.weight" in parameters
-    check_manifest(snapshot_of_folder(folder, "float32").manifest, shapes_of_model(folder))
+    check_manifest(snapshot_of_folder(folder, "float32").manifest, shapes_of_versions(folder, LoraConfig()))
 
 
 # Checksums.
@@ -244,7 +245,7 @@ class SingingEngine:
 
 
 def make_generator(engine: SingingEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Generator:
-    monkeypatch.setattr(actors.generator, "shapes_of_model", lambda folder: SHAPES)
+    monkeypatch.setattr(actors.generator, "shapes_of_versions", lambda folder, lora: SHAPES)
     monkeypatch.setattr(actors.generator, "make_engine", lambda config, folder: engine)
     return Generator(load_config(overrides=["generator.engine=transformers", *overrides]).config, str(tmp_path), "generator-0.0")
 

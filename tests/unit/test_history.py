@@ -28,7 +28,7 @@ from async_rlhf.journal import Journal, read_frames
 from async_rlhf.journal_frames import check_mark
 from async_rlhf.ledger import Ledger, Slot
 from async_rlhf.metrics import summarize
-from async_rlhf.prompts import PromptCursor, PromptStream
+from async_rlhf.prompts import PromptCursor, TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.rollout_table import read_trained
 from async_rlhf.rollouts import export_all, export_segment
@@ -74,7 +74,7 @@ class Recorded(Simulation):
         self.journal = Journal(self.run_folder / "journal")
         self.history = History(self.journal, REWARD, IDENTITY, 0)
         ledger, before = self.history.ledger, self.buffer
-        prompts = PromptStream(
+        prompts = TaskStream(
             NumberedProblems(self.world.num_prompts or 1000),
             lambda text: [0],
             seed=0,

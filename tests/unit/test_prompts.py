@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_rlhf.prompts import PromptCursor, PromptStream, encode_problem, load_encode
+from async_rlhf.prompts import PromptCursor, TaskStream, encode_problem, load_encode
 from async_rlhf.tasks.base import Problem
 
 
@@ -25,11 +25,11 @@ def encode(text: str) -> list[int]:
     return [ord(char) for char in text]
 
 
-def make_stream(num_problems: int = 5, *, seed: int = 0, max_epochs: int = 0, cursor: PromptCursor | None = None) -> PromptStream:
-    return PromptStream(NumberedProblems(num_problems), encode, seed=seed, max_epochs=max_epochs, cursor=cursor)
+def make_stream(num_problems: int = 5, *, seed: int = 0, max_epochs: int = 0, cursor: PromptCursor | None = None) -> TaskStream:
+    return TaskStream(NumberedProblems(num_problems), encode, seed=seed, max_epochs=max_epochs, cursor=cursor)
 
 
-def draw(stream: PromptStream, count: int) -> list[tuple[str, int]]:
+def draw(stream: TaskStream, count: int) -> list[tuple[str, int]]:
     drawn = [stream.draw() for _ in range(count)]
     return [(prompt.prompt_id, epoch) for prompt, epoch in (item for item in drawn if item is not None)]
 

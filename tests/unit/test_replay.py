@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from async_rlhf.errors import RewardError
-from async_rlhf.prompts import PromptStream
+from async_rlhf.prompts import TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks.base import Problem
@@ -27,7 +27,7 @@ class NumberedProblems:
 
 
 def make_buffer(*, size: int = 2, eta: int = 1, num_prompts: int = 1000, max_epochs: int = 0, **settings: Any) -> ReplayBuffer:
-    prompts = PromptStream(NumberedProblems(num_prompts), lambda text: [len(text)], seed=0, max_epochs=max_epochs)
+    prompts = TaskStream(NumberedProblems(num_prompts), lambda text: [len(text)], seed=0, max_epochs=max_epochs)
     rule = StalenessRule(batch_groups=size, max_staleness=eta)
     return ReplayBuffer(rule, prompts, ReplaySettings(**({"num_updates": 50, "lease_s": LEASE_S} | settings)))
 

@@ -19,7 +19,7 @@ from async_rlhf.errors import StalenessError
 from async_rlhf.events import Event
 from async_rlhf.ledger import Ledger
 from async_rlhf.lineage import annulled
-from async_rlhf.prompts import PromptStream
+from async_rlhf.prompts import TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks.base import Problem
@@ -84,7 +84,7 @@ class Simulation:
     def __init__(self, world: World, rule: type[StalenessRule] = StalenessRule, buffer: type[ReplayBuffer] = ReplayBuffer) -> None:
         self.world = world
         self.rng = random.Random(world.seed)
-        prompts = PromptStream(
+        prompts = TaskStream(
             NumberedProblems(world.num_prompts or 1000), lambda text: [0], seed=0, max_epochs=1 if world.num_prompts else 0
         )
         replay = ReplaySettings(

@@ -12,7 +12,7 @@ from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.history import History
 from async_rlhf.journal import Journal
 from async_rlhf.journal_frames import segment_path
-from async_rlhf.prompts import PromptStream
+from async_rlhf.prompts import TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.replayed import batches, shaped, survey
 from async_rlhf.rollout_table import encode, part_path
@@ -40,7 +40,7 @@ class Past:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.history = History(Journal(folder / "journal"), SHAPING, {"batch_groups": SIZE}, 0)
-        prompts = PromptStream(NumberedProblems(), lambda text: [len(text)], seed=0, max_epochs=0)
+        prompts = TaskStream(NumberedProblems(), lambda text: [len(text)], seed=0, max_epochs=0)
         rule = StalenessRule(batch_groups=SIZE, max_staleness=1)
         self.buffer = ReplayBuffer(rule, prompts, ReplaySettings(num_updates=100, lease_s=10.0), self.history.ledger)
 

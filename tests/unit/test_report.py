@@ -45,6 +45,7 @@ def summary(**changed: Any) -> dict[str, object]:
         "generator_idle_share": 0.125,
         "learner_idle_share": 0.5,
         "dropped": {"tied": 1384, "refused_duplicate": 2, "failed: a": 3, "failed: b": 4, "last_batch": 0},
+        "skipped_rows": {"prompt_too_long": 1021, "prompt_empty": 2},
     }
     return base | changed
 
@@ -168,6 +169,7 @@ def test_tables_on_top_say_what_the_run_did(tmp_path: Path) -> None:
         "Generators idle": "12.5%",
         "Learner idle": "50.0%",
         "Dropped groups": "7 failed / 2 refused duplicate / 1,384 tied",
+        "Skipped rows": "2 prompt empty / 1,021 prompt too long",
     }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from async_rlhf.errors import StalenessError
-from async_rlhf.prompts import PromptStream
+from async_rlhf.prompts import TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks.base import Problem
@@ -25,7 +25,7 @@ class EndlessProblems:
 
 def make_buffer(*, batch_groups: int, max_staleness: int, **settings: object) -> ReplayBuffer:
     rule = StalenessRule(batch_groups=batch_groups, max_staleness=max_staleness)
-    prompts = PromptStream(EndlessProblems(), lambda text: [ord(char) for char in text], seed=0, max_epochs=0)
+    prompts = TaskStream(EndlessProblems(), lambda text: [ord(char) for char in text], seed=0, max_epochs=0)
     return ReplayBuffer(rule, prompts, ReplaySettings(**({"num_updates": 100, "lease_s": 10.0} | settings)))
 
 

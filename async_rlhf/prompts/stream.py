@@ -1,17 +1,13 @@
-"""The stream of prompts: seeded order, epochs, and a cursor from which it resumes."""
+"""What a stream of prompts is, and that of a built-in task: seeded order, epochs, and a cursor from which it resumes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
+from async_rlhf.prompts.cursor import PromptCursor
+from async_rlhf.prompts.encoding import Encode, encode_problem
 from async_rlhf.tasks.base import Problem
 from async_rlhf.types import Prompt
-
-Encode = Callable[[str], Sequence[int]]
-"""Text to token ids, as the policy reads them."""
 
 
 class PromptSource(Protocol):
@@ -23,15 +19,25 @@ class PromptSource(Protocol):
     def problem(self, index: int) -> Problem: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptCursor:
-    """How far the stream has been read: `index` prompts of pass `epoch`."""
+class PromptStream(Protocol):
+    """Where a replay buffer gets its prompts."""
 
-    epoch: int
-    index: int
+    @property
+    def cursor(self) -> PromptCursor:
+        """Where the next draw happens."""
+        ...
+
+    @property
+    def exhausted(self) -> bool:
+        """No prompt will ever come again."""
+        ...
+
+    def draw(self) -> tuple[Prompt, int] | None:
+        """The next prompt and its epoch; None: there is none at the moment, or, when exhausted, none any more."""
+        ...
 
 
-class PromptStream:
+class TaskStream:
     """Draws the source's problems in a fresh seeded order in each epoch.
 
     The order depends on (seed, epoch) alone, so a cursor is all that a resume needs.
@@ -79,28 +85,3 @@ class PromptStream:
 
     def _order_of(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(self._source.num_problems)
-
-
-def encode_problem(problem: Problem, encode: Encode) -> Prompt:
-    """A problem as the policy reads it."""
-    token_ids = np.asarray(encode(problem.text), dtype=np.int32)
-    return Prompt(prompt_id=problem.prompt_id, text=problem.text, token_ids=token_ids, columns=dict(problem.columns))
-
-
-def load_encode(model_folder: Path) -> Encode:
-    """The text-to-ids function of the folder's tokenizer.
-
-    Reads tokenizer.json with the small `tokenizers` library where it exists: the full transformers import costs seconds.
-    """
-    file = model_folder / "tokenizer.json"
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.no_padding()  # the file keeps what its last user set; transformers resets both in every call, too
-        tokenizer.no_truncation()
-        return lambda text: tokenizer.encode(text).ids
-    from transformers import AutoTokenizer
-
-    slow = AutoTokenizer.from_pretrained(model_folder)
-    return lambda text: cast(list[int], slow(text)["input_ids"])
