@@ -1,4 +1,4 @@
-"""A judge behind the real `vllm serve`: real HTTP, a real chat template, on both sides."""
+"""A judge behind vLLM's own OpenAI-compatible server: real HTTP, a real chat template, on both sides."""
 
 import os
 import signal
@@ -79,7 +79,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder, port = tmp_path_factory.mktemp("judge"), free_port()
     save_bigram_judge(folder / "model")
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    words = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder / "model"), "--host", "127.0.0.1", "--port", str(port)]
+    # What `vllm serve` runs; the command itself looks for a distribution called vllm, which the CPU build is not.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
     words += ["--served-model-name", "wise", "--api-key", TOKEN, "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     words += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "8", "--block-size", "32"]
     with (folder / "log").open("w+") as log:
@@ -91,11 +93,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 time.sleep(0.3)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            children = psutil.Process(server.pid).children(recursive=True)
+            children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
             server.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs([psutil.Process(server.pid), *children], timeout=15)
+            _, alive = psutil.wait_procs(children, timeout=15)
             for process in alive:
                 process.kill()
+            server.kill()
             server.wait()
 
 
@@ -106,7 +109,7 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def test_a_judge_behind_vllm_serve_grades_and_compares(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_behind_vllm_grades_and_compares(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "JUDGE_TOKEN", TOKEN)
     judge = JudgeConfig(url=url, model="wise", token_env="JUDGE_TOKEN")
     prompts = [Prompt(prompt_id="p", text="Say ok.", token_ids=np.zeros(0, np.int32))] * 3
