@@ -21,11 +21,12 @@ class Assessor:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        metric: Reward,
+        metric: Reward | None,
         reference: "ReferencePolicy | None",
     ) -> None:
         """
         Args:
+            metric: None: somebody else gives the scores.
             reference: None: no divergence is estimated.
         """
         self._tokenizer = tokenizer
@@ -37,11 +38,13 @@ class Assessor:
         Args:
             prompts, rollouts: N each.
             sampled: at the training temperature, so that the divergence from the reference can be estimated.
+        Returns:
+            N samples, their score 0 where there is no metric.
         Raises:
             RewardError: the metric broke its contract. RewardLostError: whoever should answer cannot be reached.
         """
         texts = self._tokenizer.batch_decode([rollout.completion_ids.tolist() for rollout in rollouts], skip_special_tokens=True)
-        scores = self.grade(prompts, texts)
+        scores = self.grade(prompts, texts) if self._metric is not None else [0.0] * len(texts)
         nats = divergences(self._reference, prompts, rollouts) if sampled and self._reference is not None else None
         return [
             Sample(
@@ -63,6 +66,7 @@ class Assessor:
         Raises:
             RewardError: the metric broke its contract. RewardLostError: whoever should answer cannot be reached.
         """
+        assert self._metric is not None, "where reward actors measure, they are asked"
         return self._metric.rate(prompts, texts).scores.tolist()
 
 

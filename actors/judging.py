@@ -30,6 +30,8 @@ class Judging:
         """
         self._config = plan.config
         self._rated = plan.separate_reward
+        self._grades = "grade" if plan.metric or not crew.rewards else "rate_texts"
+        """Who measures: a scorer, by the task's metric or the reward, or a reward actor."""
         self._crew = crew
         self._prompts = prompts
         self._opponent = opponent
@@ -61,7 +63,11 @@ class Judging:
     async def _assess(self, rollouts: Sequence[Rollout], temperature: float) -> Evaluation:
         samples: list[Sample] = []
         for part in self._parts():
-            samples += await self._scorer("assess", self._prompts[part], rollouts[part], temperature > 0)
+            of_part: list[Sample] = await self._scorer("assess", self._prompts[part], rollouts[part], temperature > 0)
+            if self._grades == "rate_texts":
+                scores = await self._scorer(self._grades, self._prompts[part], [sample.completion for sample in of_part])
+                of_part = [replace(sample, score=score) for sample, score in zip(of_part, scores, strict=True)]
+            samples += of_part
         versions = [span.version for rollout in rollouts for span in rollout.version_spans]
         return Evaluation(version=max(versions), oldest_version=min(versions), temperature=temperature, samples=tuple(samples))
 
@@ -91,7 +97,7 @@ class Judging:
             return outcomes
         by_reward = self._rated and self._config.evaluation.winrate == "reward"
         if not self._theirs:
-            self._theirs = await self._grade("rate_texts" if by_reward else "grade", [completion or "" for completion in completions])
+            self._theirs = await self._grade("rate_texts" if by_reward else self._grades, [completion or "" for completion in completions])
         own = [sample.reward or 0.0 if by_reward else sample.score for sample in samples]
         return outcomes_by_score(own, self._theirs, completions)
 

@@ -18,13 +18,12 @@ class Scorer:
         """Load tokenizer, frozen reference, reward function and metric.
 
         Args:
-            metric_path: of the task's own metric; empty: evaluations measure the reward.
+            metric_path: of the task's own metric; empty: evaluations measure the reward, and ask the reward actors where there are any.
         Raises:
             ConfigError: a path does not import.
         """
         self._reward = None if config.reward.count else open_reward(config.reward, reward_path)
-        own = self._reward if not metric_path else None
-        metric = own or open_metric(config.reward, reward_path, metric_path)
+        metric = open_metric(config.reward, reward_path, metric_path) if metric_path else self._reward
         self._cut_score = config.reward.missing_eos_penalty
         from transformers import AutoTokenizer
 

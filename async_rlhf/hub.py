@@ -4,8 +4,10 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
+from async_rlhf.config import Config
 from async_rlhf.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -39,3 +41,26 @@ def model_folder(key: str, path: str) -> Path:
             f"{key} {path} is no folder here, and as a hub id it cannot be had: {why.splitlines()[0]}; fetch it where there is a network "
             f"with `hf download {name}`, or give a folder"
         ) from None
+
+
+def with_local_models(config: Config) -> Config:
+    """The config with the folder of each model that it names, absolute: the actors run elsewhere, and ask no hub.
+
+    Raises:
+        ConfigError: see model_folder.
+    """
+
+    def local(key: str, path: str) -> str:
+        return str(model_folder(key, path)) if path else ""
+
+    ppo = config.algorithm.ppo
+    critic = replace(ppo.critic, path=local("algorithm.ppo.critic.path", ppo.critic.path))
+    parts = {name: replace(part, path=local(f"reward.parts.{name}.path", part.path)) for name, part in config.reward.parts.items()}
+    return replace(
+        config,
+        model=replace(config.model, path=local("model.path", config.model.path)),
+        algorithm=replace(config.algorithm, ppo=replace(ppo, critic=critic)),
+        reward=replace(config.reward, parts=parts),
+        reward_model=replace(config.reward_model, path=local("reward_model.path", config.reward_model.path)),
+        evaluation=replace(config.evaluation, against=local("evaluation.against", config.evaluation.against)),
+    )

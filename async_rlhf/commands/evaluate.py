@@ -21,6 +21,7 @@ from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, measure
 from async_rlhf.evaluation_log import read_evaluation
+from async_rlhf.hub import model_folder, with_local_models
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.opponents import (
     REFERENCES,
@@ -130,7 +131,7 @@ def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
         raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
     config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)
     config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
-    folder = (model / "model" if of_run else model).resolve()
+    folder = (model / "model").resolve() if of_run else model_folder("MODEL", str(model))
     check_model_folder(folder)
     if of_run:
         origin = read_origin(model)
@@ -154,7 +155,7 @@ def _wished(config: Config, wishes: Wishes) -> Config:
         evaluation = replace(evaluation, against=against, winrate=decides)
     if wishes.judge:
         evaluation = replace(evaluation, winrate="judge")
-    return with_absolute_paths(replace(config, evaluation=evaluation))
+    return with_absolute_paths(with_local_models(replace(config, evaluation=evaluation)))
 
 
 def _check_reference(reference: Path) -> None:

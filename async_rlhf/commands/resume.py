@@ -14,6 +14,7 @@ from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.fields import named_section
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
+from async_rlhf.hub import with_local_models
 from async_rlhf.journal import check_mark, read_frames
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.opponents import check_opponent, with_absolute_paths
@@ -71,6 +72,7 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     reward = origin["reward"]
     if "reward.function" in keys:
         reward = absolute_reward(config.reward.function) or origin["metric"]
+    config = with_local_models(config)
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
     config = with_absolute_paths(absolute_sources(config))

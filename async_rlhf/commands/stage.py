@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from async_rlhf.commands.signals import interruptible, on_ray, until_signal
 from async_rlhf.config.schema import Config
 from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
+from async_rlhf.hub import with_local_models
 from async_rlhf.rewards import absolute_rewards
 from async_rlhf.stages.messages import StageJob, StageProgress, StageResult, StageWatch
 from async_rlhf.stages.perform import finished, perform
@@ -47,7 +48,7 @@ def say(console: Console, line: str) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same with absolute paths of what is on this machine: actors may run in another folder."""
+    """The same with absolute paths of what is on this machine, models of the hub included: actors may run in another folder."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
@@ -55,12 +56,11 @@ def with_absolute_paths(config: Config) -> Config:
     def of_stage(stage: Stage) -> Stage:
         return replace(stage, sources={name: replace(source, path=absolute(source.path)) for name, source in stage.sources.items()})
 
-    reward_model = of_stage(config.reward_model)
+    config = with_local_models(config)
     return replace(
         config,
-        model=replace(config.model, path=absolute(config.model.path)),
         sft=of_stage(config.sft),
-        reward_model=replace(reward_model, path=absolute(reward_model.path)),
+        reward_model=of_stage(config.reward_model),
         relabel=of_stage(config.relabel),
         reward=absolute_rewards(config.reward),
     )

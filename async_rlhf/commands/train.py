@@ -12,6 +12,7 @@ from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
 from async_rlhf.errors import ConfigError
+from async_rlhf.hub import with_local_models
 from async_rlhf.model_folders import check_critic_folder, check_critic_vocabulary, check_model_folder
 from async_rlhf.opponents import check_opponent, with_absolute_paths
 from async_rlhf.prompts import absolute_sources, check_prompts, held_out_prompts
@@ -27,6 +28,7 @@ def run_train(config: Config, console: Console) -> int:
     Raises:
         ConfigError: before any actor starts, and before there is a run folder.
     """
+    config = with_local_models(config)
     config = absolute_sources(replace(config, reward=absolute_rewards(config.reward)))
     reward, metric = reward_and_metric(config)
     check_rewards(without_own_proxies(config.reward), reward)
@@ -34,10 +36,9 @@ def run_train(config: Config, console: Console) -> int:
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:
-        config = _with_absolute_critic(config)
         check_critic_folder(Path(config.algorithm.ppo.critic.path))
     if config.model.path:
-        model_folder = Path(config.model.path).resolve()
+        model_folder = Path(config.model.path)
         check_model_folder(model_folder)
     elif config.task.name == "dataset":
         raise ConfigError("task.name dataset has no start of its own; set model.path to the folder of a model to train")
@@ -57,10 +58,3 @@ def run_train(config: Config, console: Console) -> int:
         return guard(folder, config.supervision, console)
     with sole_driver(folder):
         return drive(plan, console)
-
-
-def _with_absolute_critic(config: Config) -> Config:
-    """The same path for actors in another folder."""
-    ppo = config.algorithm.ppo
-    critic = replace(ppo.critic, path=str(Path(ppo.critic.path).resolve()))
-    return replace(config, algorithm=replace(config.algorithm, ppo=replace(ppo, critic=critic)))

@@ -21,7 +21,7 @@ class SourceConfig:
     weight: float = number(1.0, gt=0.0, le=1e9)
     """How often prompts are drawn from it, relative to the other sources."""
     prompt_column: str = "prompt"
-    """Text, or chat messages: a list of {role, content}."""
+    """Text, or chat messages: a list of {role, content}. An assistant's message at the end is the reference answer."""
     template: str = ""
     """What the policy reads: a format string over the row's columns, for instance `Question: {question}`; empty: the prompt column."""
     completion_column: str = ""

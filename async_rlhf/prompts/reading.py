@@ -25,6 +25,8 @@ BAD = frozenset({EMPTY, MISSING, WRONG_TYPE, MALFORMED, UNREADABLE})
 REFERENCE = "reference"
 """Column of a Prompt that holds the row's completion, where a source has a `completion_column`."""
 
+ASSISTANT = "assistant"
+
 MESSAGES = "messages"
 """Column of a Prompt that holds the messages of a chat."""
 
@@ -106,6 +108,8 @@ class RowReader:
         checked = check_messages(asked)
         if isinstance(checked, Skipped):
             return checked
+        if checked[-1]["role"] == ASSISTANT:
+            columns[REFERENCE] = str(checked.pop()["content"])
         if self._prompts.system and checked[0]["role"] != "system":
             checked = [{"role": "system", "content": self._prompts.system}, *checked]
         if not self._tokenizer.has_chat_template:
@@ -128,7 +132,7 @@ def without_template(name: str) -> str:
 
 
 def check_messages(asked: Sequence[object]) -> list[Message] | Skipped:
-    """The messages of a chat that waits for an answer, without keys that have no value."""
+    """The messages of a chat, which may end with the answer that it got, without keys that have no value."""
     if not asked:
         return Skipped(reason=EMPTY, detail="a chat without messages")
     messages: list[Message] = []
@@ -139,10 +143,11 @@ def check_messages(asked: Sequence[object]) -> list[Message] | Skipped:
         if not _is_unicode(str(found["content"])):
             return Skipped(reason=WRONG_TYPE, detail="half a surrogate pair, expected Unicode text")
         messages.append(found)
-    if messages[-1]["role"] == "assistant":
-        return Skipped(reason=MALFORMED, detail="the last message is the assistant's, expected one that it can answer")
-    if not str(messages[-1]["content"]).strip():
-        return Skipped(reason=EMPTY, detail="the last message is empty")
+    asked_last = messages[-2:][0] if messages[-1]["role"] == ASSISTANT else messages[-1]
+    if asked_last["role"] == ASSISTANT:
+        return Skipped(reason=MALFORMED, detail="nobody but the assistant speaks last, expected a message that it can answer")
+    if not str(asked_last["content"]).strip():
+        return Skipped(reason=EMPTY, detail="the last message to answer is empty")
     return messages
 
 

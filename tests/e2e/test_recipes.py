@@ -79,6 +79,7 @@ def test_recipe_trains_a_stand_in_on_local_rows_of_the_same_columns(recipe: str,
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[source]), encoding="utf-8")
     stand_ins = [f"model.path={models / 'policy'}", f"prompts.sources.{source}.path={rows}", f"evaluation.sources.{source}.path={rows}"]
+    stand_ins.append(f"evaluation.sources.{source}.split=train")
     if source != "gsm8k":
         stand_ins.append(f"reward.parts.preference.path={models / 'reward'}")
     if recipe == "tldr_2_8b_ppo":

@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from async_rlhf.errors import ConfigError
-from async_rlhf.hub import model_folder
+from async_rlhf.hub import model_folder, with_local_models
+from tests.support.settings import load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -44,3 +45,18 @@ def test_hub_id_is_found_in_the_cache_at_its_revision(cache: Path, path: str, co
 def test_hub_id_that_cannot_be_had_is_refused_with_the_key_and_the_way_out(cache: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.path owner/big is no folder here.*HF_HUB_OFFLINE.*`hf download owner/big`"):
         model_folder("model.path", "owner/big")
+
+
+def test_every_model_of_a_config_becomes_a_folder(cache: Path) -> None:
+    named = "owner/tiny@other"
+    config = load(
+        *(f"{key}={named}" for key in ("model.path", "algorithm.ppo.critic.path", "reward_model.path", "evaluation.against")),
+        "evaluation.winrate=reward",
+        *("algorithm=ppo", "reward.parts.rm.kind=model", f"reward.parts.rm.path={named}", "reward.parts.own.function=a:b"),
+    )
+
+    local = with_local_models(config)
+
+    folder = str(cache / "snapshots" / COMMIT[::-1])
+    assert local.model.path == local.algorithm.ppo.critic.path == local.reward_model.path == local.evaluation.against == folder
+    assert {name: part.path for name, part in local.reward.parts.items()} == {"rm": folder, "own": ""}

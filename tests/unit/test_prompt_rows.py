@@ -71,6 +71,15 @@ def test_the_completion_is_the_reference_as_text_or_as_the_last_message(plain: P
     assert prompt(plain, {"prompt": "1+1=", "answer": messages}, source).columns["reference"] == "2"
 
 
+def test_the_answer_at_the_end_of_a_chat_is_its_reference_and_not_read_by_the_policy(chat: Path) -> None:
+    asked = [{"role": "user", "content": "1+1="}]
+
+    answered = prompt(chat, {"prompt": [*asked, {"role": "assistant", "content": "2"}]})
+
+    assert answered.columns == {"messages": asked, "reference": "2"}
+    assert answered.text == prompt(chat, {"prompt": asked}).text
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
@@ -88,8 +97,10 @@ def test_the_completion_is_the_reference_as_text_or_as_the_last_message(plain: P
         ({"prompt": ["1+1="]}, "messages_malformed"),
         ({"prompt": [{"role": "user"}]}, "messages_malformed"),
         ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "1"}]}]}, "messages_malformed"),
-        ({"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}, "messages_malformed"),
+        ({"prompt": [{"role": "assistant", "content": "2"}]}, "messages_malformed"),
+        ({"prompt": [{"role": "assistant", "content": "2"}, {"role": "assistant", "content": "2"}]}, "messages_malformed"),
         ({"prompt": [{"role": "user", "content": " "}]}, "prompt_empty"),
+        ({"prompt": [{"role": "user", "content": " "}, {"role": "assistant", "content": "2"}]}, "prompt_empty"),
     ],
     ids=repr,
 )
