@@ -9,7 +9,8 @@ demo: setup            ## Train a small policy asynchronously, on the real vLLM,
 	$(PY) -m async_rlhf train conf/quickstart.yaml $(ARGS)
 
 test: setup            ## All tests; `make test ARGS="-m 'not slow'"` for the quick ones
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 tests/unit $(ARGS)
+	$(PY) -m pytest --ignore=tests/unit $(ARGS)
 
 lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff format --check .
