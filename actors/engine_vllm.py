@@ -36,6 +36,8 @@ _CANARY = "canary"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+MAX_STEP_TOKENS = 4096
+"""Of all requests in one forward pass on the CPU; more where a single prompt may be longer."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be made ready for."""
 
@@ -92,6 +94,7 @@ class VLLMEngine:
             kv_cache_memory_bytes=config.kv_cache_mib << 20,
             block_size=32 if on_cpu else None,
             enforce_eager=config.enforce_eager,
+            **(_whole_prompts(config, num_slots) if on_cpu else {}),
             # The behavior policy is the distribution really sampled: after the temperature.
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.engine_vllm.WeightInstaller",
@@ -192,6 +195,14 @@ class VLLMEngine:
         reason = FinishReason.STOP if completion.finish_reason == "stop" else FinishReason.LENGTH
         token_ids = np.array(completion.token_ids, dtype=np.int32)
         return Rollout(completion_ids=token_ids, behavior_logprobs=logprobs, version_spans=spans, finish_reason=reason)
+
+
+def _whole_prompts(config: GeneratorConfig, num_slots: int) -> dict[str, Any]:
+    """No prompt is read in pieces: after a piece vLLM turns the request's random stream back, which a stream on the CPU cannot."""
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, num_slots + 1),
+    }
 
 
 def _adapter_arguments(model_folder: Path, lora: LoraConfig) -> dict[str, Any]:
