@@ -14,6 +14,7 @@ QUICKSTART = "conf/quickstart.yaml"
 SMALL = ("updates=6", "batch_groups=32", "evaluation.num_prompts=60", "evaluation.every_updates=2", "evaluation.sampled=true")
 
 
+@pytest.mark.long
 def test_deterministic_run_with_evaluations_trains_as_without_them_and_eval_finds_what_it_found(tmp_path: Path) -> None:
     folder, found = tmp_path / "with", tmp_path / "found.json"
     common = ("train", QUICKSTART, *SMALL, "deterministic=true", "max_staleness=0", "queue.order=ticket")

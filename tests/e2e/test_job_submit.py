@@ -114,6 +114,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp
     assert "the run asks for 9 CPU, but the Ray cluster has 2 CPU" in done.output
 
 
+@pytest.mark.long
 def test_a_submitted_stage_joins_the_cluster_and_shows_its_progress(head: Head, tmp_path: Path) -> None:
     sizes = ("model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.intermediate_size=64")
     words = (

@@ -65,10 +65,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "source"),
     [
-        ("tldr_410m_dpo", "tldr"),
         ("tldr_2_8b_ppo", "tldr"),
-        ("gsm8k_1b_rloo", "gsm8k"),
         ("chatbot_8b_dpo", "no_robots"),
+        pytest.param("tldr_410m_dpo", "tldr", marks=pytest.mark.long),
+        pytest.param("gsm8k_1b_rloo", "gsm8k", marks=pytest.mark.long),
         pytest.param("tldr_1b_bok", "tldr", marks=pytest.mark.long),
         pytest.param("tldr_1b_rloo", "tldr", marks=pytest.mark.long),
         pytest.param("gsm8k_1b_ppo", "gsm8k", marks=pytest.mark.long),

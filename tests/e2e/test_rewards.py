@@ -122,6 +122,7 @@ def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Pat
     assert all(TOKEN not in file.read_text(errors="ignore") for file in run.rglob("*") if file.is_file())
 
 
+@pytest.mark.long
 def test_a_service_that_stays_away_ends_the_run_by_name_and_resume_goes_on(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

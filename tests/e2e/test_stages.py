@@ -83,6 +83,7 @@ def end(out: str, folder: Path, words: Sequence[str], signum: signal.Signals) ->
     return run_until("sft", *words, "--out", str(folder / "out"), seen=seen, signum=signum, log=folder / f"{out}.log", between=lambda: None)
 
 
+@pytest.mark.long
 def test_fine_tuning_that_is_stopped_and_killed_ends_where_an_undisturbed_one_does(base: Path, tmp_path: Path, one_thread: None) -> None:
     words = sums_words(base, tmp_path)
 
