@@ -25,7 +25,15 @@ ON_A_LAPTOP = (
         "generator.max_model_len=128",
         "run.object_store_mib=128",
     ),
-    *("learner.num_gpus=0", "learner.num_ranks=1", "learner.max_tokens_per_microbatch=2048", "scorer.num_gpus=0", "scorer.num_cpus=0"),
+    *(
+        "generator.dtype=float32",
+        "learner.precision=float32",
+        "learner.num_gpus=0",
+        "learner.num_ranks=1",
+        "learner.max_tokens_per_microbatch=2048",
+        "scorer.num_gpus=0",
+        "scorer.num_cpus=0",
+    ),
     *("reward.num_gpus=0", "reward.num_cpus=0", "batch_groups=4", "updates=2", "evaluation.num_prompts=4"),
 )
 """What a laptop cannot do, and what would take long."""
