@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from async_rlhf.tasks.start import build_tokenizer
+from async_rlhf.config.schema import ModelConfig
+from async_rlhf.tasks.start import build_policy, build_tokenizer
 from tests.support.command import rows_of, run_cli, summary_of
-from tests.support.tiny_policy import tiny_policy
+from tests.support.tiny_policy import with_character
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -61,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    policy = tiny_policy()
+    policy = with_character(build_policy(ModelConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=64), tokenizer, seed=0))
     torch.manual_seed(0)
     settings = {**policy.config.to_dict(), "num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
     for name, model in (("policy", policy), ("reward", LlamaForSequenceClassification(LlamaConfig(**settings)))):
