@@ -102,7 +102,7 @@ def test_the_tasks_own_reward_compares_with_the_answer_column():
     assert call(arithmetic.score).tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("answer", [(1, 2), np.array([1.0, 2.0]), [True, 2], iter([1.0, 2.0])], ids=repr)
+@pytest.mark.parametrize("answer", [(1, 2), np.array([1.0, 2.0]), [True, 2], iter([1.0, 2.0])], ids=lambda answer: type(answer).__name__)
 def test_any_sequence_of_numbers_will_do(answer: object):
     assert call(answering(answer)).tolist() == [1.0, 2.0]
 
