@@ -141,14 +141,15 @@ def make_start(config: Config, folder: Path, watch: StageWatch) -> StageResult:
             StageProgress(
                 step=progress.step,
                 max_steps=progress.max_steps,
-                measured=_measured(progress),
+                measured=_measured(progress, config.task.metric_name),
                 looked=progress.looked,
                 elapsed_s=progress.elapsed_s,
             )
         )
 
     result = train_start(config, folder, on_progress, watch)
-    text = f"start: {folder} (held-out accuracy {result.accuracy:.3f} after {result.steps} steps, {result.elapsed_s:.0f} s)"
+    found = f"held-out {config.task.metric_name} {result.accuracy:.3f}"
+    text = f"start: {folder} ({found} after {result.steps} steps, {result.elapsed_s:.0f} s)"
     return StageResult(target=folder, lines=(text,))
 
 
@@ -235,10 +236,10 @@ def _make_trainer(config: Config, model: Any, tokenizer: Any, examples: dict[str
     return SFTTrainer(model=model, args=trainer_config, train_dataset=Dataset.from_dict(examples), processing_class=tokenizer)
 
 
-def _measured(progress: SFTProgress) -> str:
+def _measured(progress: SFTProgress, metric_name: str) -> str:
     if progress.loss is None or progress.accuracy is None:
         return ""
-    return f"loss {progress.loss:.3f}, held-out accuracy {progress.accuracy:.3f}"
+    return f"loss {progress.loss:.3f}, held-out {metric_name} {progress.accuracy:.3f}"
 
 
 def _settings(config: Config) -> dict[str, dict[str, Any]]:

@@ -143,6 +143,7 @@ def _summary(plan: RunPlan, accounts: "Accounts", end: tuple[int, str], wall_s: 
         "exit": EXITS.get(end[0], "failed"),
         "exit_code": end[0],
         "error": end[1],
+        "metric": plan.config.task.metric_name,
         "start_accuracy": accuracy.get("start"),
         "final_accuracy": accuracy.get("final"),
         **summarize_evaluations(plan.run_folder, separate_reward=plan.separate_reward),
@@ -206,7 +207,7 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
             say(f"go on, from {at} and the journal: async-rlhf resume {folder}")
     else:
         say(
-            f"held-out accuracy {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} after {summary['updates']} updates "
+            f"held-out {summary['metric']} {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} after {summary['updates']} updates "
             f"({summary['prompts']} prompts, {summary['completions']} completions, {summary['tokens']} tokens)",
             "bold green",
         )

@@ -44,3 +44,8 @@ class TaskConfig:
     seed: int = number(0, ge=0, lt=2**31)
     """Seed of the problems, and of the train / held-out split."""
     mini_summary: MiniSummaryConfig = field(default_factory=MiniSummaryConfig)
+
+    @property
+    def metric_name(self) -> str:
+        """What evaluations measure, in a word."""
+        return {"arithmetic": "accuracy", "mini_summary": "gold", "dataset": "score"}[self.name]

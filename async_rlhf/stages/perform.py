@@ -34,7 +34,8 @@ def finished(job: StageJob) -> StageResult | None:
             if folder is None:
                 return None
             facts = json.loads((folder / "start.json").read_text(encoding="utf-8"))
-            text = f"start: {folder} (in the cache; held-out accuracy {facts['accuracy']:.3f}; delete the folder to make it again)"
+            found = f"held-out {job.config.task.metric_name} {facts['accuracy']:.3f}"
+            text = f"start: {folder} (in the cache; {found}; delete the folder to make it again)"
         case "reward_model":
             from async_rlhf.stages.reward_model import cached_reward_model
 
