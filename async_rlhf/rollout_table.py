@@ -283,6 +283,8 @@ def _lists(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> pa.ListArra
 
 def _parts(of_rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
     names = [pair["name"] for pair in of_rows[0]]
+    if any([pair["name"] for pair in pairs] != names for pairs in of_rows):
+        raise JournalError(f"the completions of a group must have one reward_parts each, {names}, got others; restore a copy of the table")
     return {name: np.array([pairs[index]["score"] for pairs in of_rows], dtype=np.float32) for index, name in enumerate(names)}
 
 

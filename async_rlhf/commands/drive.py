@@ -207,7 +207,8 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
             say(f"go on, from {at} and the journal: async-rlhf resume {folder}")
     else:
         say(
-            f"held-out {summary['metric']} {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} after {summary['updates']} updates "
+            f"held-out {summary['metric']} {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} "
+            f"after {summary['updates']} updates "
             f"({summary['prompts']} prompts, {summary['completions']} completions, {summary['tokens']} tokens)",
             "bold green",
         )
