@@ -133,7 +133,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
             return None
         if answer.summary is not None or answer.closed:
             return answer.summary
-        waited_s += min(POLL_S, time.monotonic() - asked)
+        waited_s += time.monotonic() - asked
         if waited_s >= config.timeouts.batch_s:
             groups = answer.counters
             raise DeadlineError(

@@ -37,7 +37,7 @@ from async_rlhf.opponents import (
 from async_rlhf.prompts import held_out_prompts
 from async_rlhf.rewards import Reward, open_metric, open_reward
 from async_rlhf.run_plan import is_separate, reward_and_metric
-from async_rlhf.state import write_atomically
+from async_rlhf.state import STATE_FILE, write_atomically
 from async_rlhf.types import Prompt, Rollout
 from async_rlhf.winrate import load_comparer
 
@@ -126,7 +126,7 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
 
 def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
     files, overrides = split_arguments(words)
-    of_run = (model / "summary.json").is_file() or (model / "metrics.jsonl").is_file()
+    of_run = (model / STATE_FILE).is_file()
     if of_run and not (model / "model").is_dir():
         raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
     config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)

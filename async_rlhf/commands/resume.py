@@ -67,12 +67,12 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     origin = read_origin(folder)
     # Paths of the saved config may be relative to where the run was started; those of origin.json never are.
     keys = {change.split(" ")[0] for change in changed}
-    model_folder = Path(config.model.path).resolve() if "model.path" in keys else Path(origin["model_folder"])
+    config = with_local_models(config)
+    model_folder = Path(config.model.path) if "model.path" in keys else Path(origin["model_folder"])
     check_model_folder(model_folder)
     reward = origin["reward"]
     if "reward.function" in keys:
         reward = absolute_reward(config.reward.function) or origin["metric"]
-    config = with_local_models(config)
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
     config = with_absolute_paths(absolute_sources(config))

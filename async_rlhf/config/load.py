@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -131,6 +131,8 @@ def _number_like(value: Any, key: str = "") -> Any:
     """YAML 1.1 reads `3e-4` as a string; users mean the number, where `key` is one."""
     if isinstance(value, dict):
         return {part: _number_like(item, f"{key}.{part}" if key else str(part)) for part, item in cast(dict[Any, Any], value).items()}
+    if isinstance(value, bool) and (word := "on" if value else "off") in get_args(_types_by_key().get(_canonical(key))):
+        return word  # YAML 1.1 reads `off` as a boolean
     if isinstance(value, str) and "e" in value.lower() and not _is_text(key):
         try:
             return float(value)

@@ -175,7 +175,7 @@ def probe(address: Address, method: str, url: str, body: Mapping[str, Any] | Non
     try:
         with httpx.Client(timeout=PROBE_S, follow_redirects=False, trust_env=not local) as client:
             response = client.request(method, url, json=body, headers=address.headers)
-    except httpx.TransportError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise ConfigError(
             f"{address.key}: {url} does not answer ({type(error).__name__}: {error}); start the service first, or mend the address"
         ) from error

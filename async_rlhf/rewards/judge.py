@@ -215,9 +215,8 @@ class JudgeReward:
             wins[one] += verdict
             wins[other] += 1.0 - verdict
         rivals = np.concatenate([np.empty(0), *(np.full(len(members), len(members) - 1) for members in siblings(prompts))])
-        if np.any(rivals == 0):
-            raise RewardError("a pairwise judge compares the completions of a prompt: there must be at least two of each, got one")
-        return (wins / rivals).astype(np.float32)
+        # Alone, as in an evaluation, a completion is neither better nor worse.
+        return np.where(rivals > 0, wins / np.maximum(rivals, 1), 0.5).astype(np.float32)
 
 
 def compare(

@@ -1,7 +1,7 @@
 """From the config to a reward: one of the four kinds, or a weighted sum of several."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +90,7 @@ class WeightedSum:
     def rate(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Rating:
         """See Reward. A part's own parts are called `NAME.PART`, and have no weight."""
         asked = {name: self._threads.submit(part.rate, prompts, completions) for name, part in self._parts.items()}
+        wait(asked.values())  # all of them: no part is called again while it still works
         ratings: dict[str, Rating] = {}
         for name, answer in asked.items():
             try:
