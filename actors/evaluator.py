@@ -10,7 +10,7 @@ from actors.judging import Judging
 from actors.remote import RemoteActor
 from actors.supervision import BROKEN
 from async_rlhf.config import Config
-from async_rlhf.errors import DeadlineError
+from async_rlhf.errors import ActorLostError, DeadlineError
 from async_rlhf.evaluation import Findings, Stage
 from async_rlhf.types import Prompt, Rollout
 
@@ -64,13 +64,22 @@ class Evaluator:
         return [rollouts[index] for index in range(len(self._prompts))]
 
     async def _ask(self, actor: RemoteActor, part: Sequence[int], temperature: float) -> dict[int, Rollout]:
-        """One generator's answers by the prompt's place; none if it died over them."""
+        """One generator's answers by the prompt's place; none if it died over them.
+
+        Raises:
+            DeadlineError: it did not answer in time. ActorFailedError, EngineError: it lives, and cannot.
+        """
         prompts = [self._prompts[index] for index in part]
         try:
             rollouts: list[Rollout] = await actor.call("evaluate", prompts, temperature, timeout_s=self._timeouts.generate_s)
-        except BROKEN:  # its produce loop sees that too, and replaces it
+        except ActorLostError:  # its produce loop sees that too, and replaces it
             self._crew.installs.pop(actor.name, None)
             return {}
+        except DeadlineError as error:
+            raise DeadlineError(
+                f"{actor.name} did not answer {len(part)} held-out prompts within {self._timeouts.generate_s:g} s "
+                "(timeouts.generate_s); raise that, or lower evaluation.num_prompts"
+            ) from error
         return dict(zip(part, rollouts, strict=True))
 
     async def _installed(self, version: int) -> list[RemoteActor]:

@@ -33,9 +33,16 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Generator[Path]:
         made.mkdir()
         yield made
         sync_folder(made)
+        old = Path(parent) / "old"
         if replace and folder.exists():
-            os.replace(folder, Path(parent) / "old")
-        os.replace(made, folder)
+            os.replace(folder, old)
+        try:
+            os.replace(made, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        sync_folder(folder.parent)
 
 
 def lock_file(path: Path) -> int:

@@ -5,15 +5,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.config.prompts import EvaluationConfig
+from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, RewardError, RunError
 from async_rlhf.evaluation import Sample, expected_of
+from async_rlhf.rewards.functions import zeros
 from async_rlhf.state import write_atomically
-from async_rlhf.types import Prompt
+from async_rlhf.types import JsonValue, Prompt
 from async_rlhf.winrate import LOSS, WIN, Comparer, by_score
 
 REFERENCES = "references"
@@ -114,11 +116,18 @@ def sample_opponent(config: Config, run_folder: Path, say: Callable[[str], None]
     file, against = run_folder / OPPONENTS, config.evaluation.against
     if config.evaluation.winrate == "off" or not against:
         return
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["model"] == against:
+    asked = {"model": against, "prompts": _asked(config)}
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")).items() >= asked.items():
         return
     say(f"sampling greedy completions of {against}, to compare with")
     completions = ask_model(Path(against), config)
-    write_atomically(file, json.dumps({"model": against, "completions": completions}) + "\n")
+    write_atomically(file, json.dumps({**asked, "completions": completions}) + "\n")
+
+
+def _asked(config: Config) -> dict[str, JsonValue]:
+    """What decides the prompts of an evaluation, and how long their answers may be; a resumed run may have other settings."""
+    sources = {name: asdict(source) for name, source in config.evaluation.sources.items()}
+    return {"num_prompts": config.evaluation.num_prompts, "sources": sources, "max_new_tokens": config.generator.max_new_tokens}
 
 
 def ask_model(model: Path, config: Config) -> dict[str, str]:
@@ -127,7 +136,8 @@ def ask_model(model: Path, config: Config) -> dict[str, str]:
     Raises:
         RunError: it failed. Holds its last words.
     """
-    alone = replace(config, env={}, evaluation=replace(config.evaluation, winrate="off", against=""))
+    unrated = RewardConfig(function=f"{zeros.__module__}:{zeros.__name__}")
+    alone = replace(config, env={}, reward=unrated, evaluation=replace(config.evaluation, winrate="off", against=""))
     with tempfile.TemporaryDirectory(prefix="arlhf-eval-") as folder:
         settings, out = Path(folder) / "config.yaml", Path(folder) / "out.json"
         settings.write_text(to_yaml(alone), encoding="utf-8")
@@ -172,5 +182,5 @@ def outcomes_by_judge(
         raise RewardError(f"the judge failed: {type(error).__name__}: {error}") from error
     wrong = [outcome for outcome in found.values() if not LOSS <= outcome <= WIN]
     if wrong:
-        raise RewardError(f"the judge must answer 1, 0.5 or 0, got {wrong[0]!r}")
+        raise RewardError(f"the judge must answer from 0 to 1, got {wrong[0]!r}")
     return [found.get(index) for index in range(len(samples))]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, RunError
+from async_rlhf.files import sync_folder
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,7 +111,7 @@ def _write_files(folder: Path, files: Mapping[str, Content]) -> dict[str, FileFa
             path.parent.mkdir(parents=True, exist_ok=True)
             facts[name] = _write(path, _tensor_bytes(content) if name.endswith(".safetensors") else _json_bytes(content))
         for parent in {(folder / name).parent for name in files}:
-            _sync_folder(parent)
+            sync_folder(parent)
         return facts
     except OSError as error:
         raise RunError(
@@ -128,15 +129,6 @@ def _write(path: Path, chunks: Iterable[memoryview]) -> FileFacts:
         stream.flush()
         os.fsync(stream.fileno())
     return size, crc
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names of its files on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_bytes(content: Content) -> Iterator[memoryview]:

@@ -35,9 +35,9 @@ from async_rlhf.opponents import (
     with_absolute_paths,
 )
 from async_rlhf.prompts import held_out_prompts
-from async_rlhf.rewards import Reward, open_metric, open_reward
+from async_rlhf.rewards import Reward, check_rewards, open_metric, open_reward
 from async_rlhf.run_plan import is_separate, reward_and_metric
-from async_rlhf.state import STATE_FILE, write_atomically
+from async_rlhf.state import STATE_FILE, read_state, write_atomically
 from async_rlhf.types import Prompt, Rollout
 from async_rlhf.winrate import load_comparer
 
@@ -106,6 +106,8 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
     subject = _resolve(model, words, wishes)
     config = subject.config
     prompts = held_out_prompts(config, subject.folder)
+    if subject.rated:
+        check_rewards(config.reward, subject.reward)
     check_opponent(config.evaluation, prompts)
     opponent = _opponent(config, prompts, console)
     # Before the engine is imported: it reads them then.
@@ -127,8 +129,11 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
 def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
     files, overrides = split_arguments(words)
     of_run = (model / STATE_FILE).is_file()
-    if of_run and not (model / "model").is_dir():
-        raise ConfigError(f"{model} is the folder of a run that exported no policy (it did not end well); give a model folder")
+    if of_run and (read_state(model).phase != "finished" or not (model / "model").is_dir()):
+        raise ConfigError(
+            f"{model} is the folder of a run that is not finished, so it has no final policy; make a model folder of its newest checkpoint "
+            f"with `async-rlhf export {model}`, and give that"
+        )
     config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)
     config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
     folder = (model / "model").resolve() if of_run else model_folder("MODEL", str(model))

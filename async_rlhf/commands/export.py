@@ -43,9 +43,11 @@ def run_export(run: Path, out: Path | None, version: int | None, adapter: bool, 
         raise ConfigError(f"{run} is no run folder: it has no config.yaml; give the folder that `train` printed")
     config = load_config([run / "config.yaml"]).config
     base = Path(read_origin(run)["model_folder"])
-    finished = version is None and not adapter and (run / "model" / "config.json").is_file()
+    state = read_state(run)
+    # A run that was resumed for more updates holds the model of its earlier end until it is finished again.
+    finished = version is None and not adapter and state.phase == "finished" and (run / "model" / "config.json").is_file()
     checkpoint = None if finished else _checkpoint(run, version)
-    state = checkpoint.state if checkpoint is not None else read_state(run)
+    state = state if checkpoint is None else checkpoint.state
     folder = _free(out.resolve() if out is not None else run / "export" / f"{state.version:08d}{'-adapter' if adapter else ''}")
     policy = None if checkpoint is None else _load(checkpoint, config, base, adapter)
     with _written(folder) as made:

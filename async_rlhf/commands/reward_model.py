@@ -29,7 +29,6 @@ def run_reward_model(config: Config, folder: Path | None, console: Console, *, i
         check_target(target)
     here = in_process and not joins_a_cluster() and config.reward_model.num_gpus == 0
     if needs_start(config):
-        # Without a Ray of its own: one process starts at most one.
         run_sft(config, None, console)
     start_of(config)
     return run_stage(StageJob(kind="reward_model", config=config, target=target, cached=cached), console, in_process=here)

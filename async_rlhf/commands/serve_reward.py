@@ -13,6 +13,7 @@ from async_rlhf.config import load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.config.rewards import RewardConfig, RewardPartConfig
 from async_rlhf.errors import ConfigError
+from async_rlhf.hub import model_folder, with_local_models
 from async_rlhf.rewards import absolute_rewards, check_rewards, open_reward
 from async_rlhf.rewards.client import is_loopback
 from async_rlhf.tasks import load_task
@@ -70,9 +71,9 @@ def _what(words: Sequence[str], function: str, model: Path | None) -> tuple[Rewa
     if function:
         return absolute_rewards(RewardConfig(function=function)), "", f"function {function}"
     if model is not None:
-        part = RewardPartConfig(kind="model", path=str(model))
+        part = RewardPartConfig(kind="model", path=str(model_folder("--model", str(model))))
         return absolute_rewards(RewardConfig(parts={"model": part})), "", f"model {model}"
-    config = load_config(*split_arguments(list(words))).config
+    config = with_local_models(load_config(*split_arguments(list(words))).config)
     reward = absolute_rewards(config.reward)
     default = reward.function
     parts = reward.parts.values() or [RewardPartConfig()]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,11 +78,16 @@ def _here(job: StageJob, on_progress: Callable[[StageProgress], None]) -> StageR
 
 
 def _on_ray(job: StageJob, on_progress: Callable[[StageProgress], None], console: Console) -> StageResult:
-    with on_ray(job.config, f"{job.kind}_{os.getpid()}", lambda line: None) as cluster:
-        from actors.stage import RemoteStage
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with on_ray(job.config, f"{job.kind}_{os.getpid()}", lambda line: None) as cluster:
+            from actors.stage import RemoteStage
 
-        stage = RemoteStage(job, cluster, on_progress)
-        return asyncio.run(until_signal(stage.perform(), stage.stop, job.config.timeouts.stop_s))
+            stage = RemoteStage(job, cluster, on_progress)
+            return asyncio.run(until_signal(stage.perform(), stage.stop, job.config.timeouts.stop_s))
+    finally:
+        for signum, action in before.items():  # on_ray leaves them ignored, and `train` has more to do after a stage
+            signal.signal(signum, action)
 
 
 @contextmanager

@@ -42,6 +42,8 @@ class PairEncoder:
             completion_ids: list[int] = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         else:
             prompt_ids, completion_ids = self._encode_chat(prompt, completion)
+        if not completion_ids:
+            raise BadRowError("whose completion has no tokens", "")
         if completion_ids[-1] != self._eos_id:
             completion_ids.append(self._eos_id)
         self._check_length(len(prompt_ids) + len(completion_ids))

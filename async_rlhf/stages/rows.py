@@ -135,8 +135,8 @@ def split_held_out(rows: Sequence[Kept], num_held_out: int, seed: int, section: 
 def fingerprint(path: str) -> list[list[str | int]]:
     """Name, size and time of change of a local file, or of the files in a folder: other contents make another result."""
     root = Path(path).expanduser()
-    files = [root] if root.is_file() else sorted(file for file in root.glob("*") if file.is_file()) if path and root.is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file()) if path and root.is_dir() else []
+    return [[file.name if file == root else str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _is_message(value: Any) -> bool:

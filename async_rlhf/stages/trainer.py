@@ -113,6 +113,8 @@ def _make_callback(steps: Steps, folder: StageFolder, save_every: int, watch: St
             if logs is None or "loss" not in logs:
                 return
             if steps.look(state.global_step, logs):
+                # Finished, also where a signal came in the same step: there is nothing to go on with.
+                self.stopped = control.should_save = False
                 control.should_training_stop = True
             elif save_every and state.global_step < state.max_steps and state.global_step // save_every > self.saved // save_every:
                 control.should_save = True

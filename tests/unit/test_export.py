@@ -95,6 +95,8 @@ def test_without_a_version_the_newest_whole_checkpoint_is_taken_and_a_finished_m
     assert f"exported: {run / 'export' / '00000002'} (checkpoint of version 2)" in export(run)
 
     shutil.copytree(start, run / "model")
+    assert "(checkpoint of version 2)" in export(run, tmp_path / "second"), "resumed for more updates: its model is an earlier end's"
+    write_atomically(run / "state.json", state_of(3, "finished").to_json())
     assert f"exported: {tmp_path / 'out'} (finished run, version 3)" in export(run, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (start / "model.safetensors").read_bytes()
     assert "(checkpoint of version 1)" in export(run, tmp_path / "first", 1)

@@ -182,9 +182,11 @@ def test_a_completions_score_is_its_share_of_wins_against_its_siblings():
     assert len(served.requests) == 2 * (3 + 1), "both orders of three pairs and of one"
 
 
-def test_a_completion_without_siblings_has_nobody_to_be_compared_with():
-    with judging(prefers_longer, "pairwise") as (reward, _), pytest.raises(RewardError, match="at least two of each, got one"):
-        reward.rate([prompt_of(), prompt_of()], ["a", "b"])
+def test_a_completion_without_siblings_is_neither_better_nor_worse_and_nobody_is_asked():
+    """As in an evaluation, which rates one completion of each prompt."""
+    with judging(prefers_longer, "pairwise") as (reward, served):
+        assert reward.rate([prompt_of(), prompt_of()], ["a", "bb"]).scores.tolist() == [0.5, 0.5]
+    assert served.requests == []
 
 
 # Before a run.
