@@ -34,7 +34,7 @@ class SFTConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up; linear and cosine end at zero."""
     warmup_steps: int = number(20, ge=0, le=1_000_000)
-    """Optimizer steps of linear warm-up; at most half of all."""
+    """Optimizer steps of linear warm-up; a stage that is shorter warms up all the time."""
     max_length: int = number(1024, ge=2, le=1 << 22)
     """Sources: prompt and completion together, tokens; a longer row is left out, and counted, never cut."""
     max_bad_share: float = number(0.1, ge=0.0, le=1.0)

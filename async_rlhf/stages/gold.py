@@ -30,14 +30,18 @@ class Gold:
         self._reward = open_reward(config.reward, default)
         self._tokenizer: Any = None
         self._model_path = config.model.path
+        self._system = config.prompts.system
 
     def prompt_of(self, pair: Pair, row: Row, source: SourceConfig) -> Prompt:
         """The prompt of a row, with its other columns, as a reward sees it."""
         hidden = (source.prompt_column, source.chosen_column, source.rejected_column, "prompts", "completions")
         columns = {name: value for name, value in row.items() if name not in hidden}
-        if not isinstance(pair.prompt, str):
-            columns["messages"] = pair.prompt
-        return Prompt(prompt_id="", text=self._text(pair.prompt), token_ids=np.zeros(0, dtype=np.int32), columns=columns)
+        asked = pair.prompt
+        if not isinstance(asked, str):
+            if self._system and asked[0]["role"] != "system":  # as training puts it first
+                asked = [{"role": "system", "content": self._system}, *asked]
+            columns["messages"] = asked
+        return Prompt(prompt_id="", text=self._text(asked), token_ids=np.zeros(0, dtype=np.int32), columns=columns)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """[N] float32; see Reward.rate."""

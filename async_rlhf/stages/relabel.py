@@ -232,5 +232,18 @@ def _settings(config: Config) -> dict[str, Any]:
     for name in ("num_cpus", "num_gpus", "batch_size"):
         del own[name]
     files = {name: [asdict(source), *fingerprint(source.path)] for name, source in sources_of(config).items()}
-    models = {name: fingerprint(part.path) for name, part in config.reward.parts.items() if part.path}
-    return {"relabel": own, "reward": asdict(config.reward), "sources": files, "models": models, "task": config.task.name}
+    parts = config.reward.parts.items()
+    models = {name: fingerprint(part.path) for name, part in parts if part.path}
+    functions = {path: fingerprint(path.rpartition(":")[0]) for path in [config.reward.function, *(part.function for _, part in parts)]}
+    rubrics = {name: fingerprint(part.judge.rubric) for name, part in parts if part.judge.rubric}
+    return {
+        "relabel": own,
+        "reward": asdict(config.reward),
+        "sources": files,
+        "models": models,
+        "functions": functions,
+        "rubrics": rubrics,
+        "task": asdict(config.task),
+        "policy": [config.model.path, *fingerprint(config.model.path)],
+        "system": config.prompts.system,
+    }
