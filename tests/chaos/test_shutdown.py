@@ -20,13 +20,13 @@ HANGING = """
 import time
 from pathlib import Path
 
-VICTIM = Path(__file__).with_name("victim")  # the first prompt that anybody asked about, in whichever process
+VICTIM = Path(__file__).with_name("victim")  # the first training prompt that anybody asked about, in whichever process
 
 
 def score(prompts, completions, **columns):
-    if not VICTIM.exists():
+    if not VICTIM.exists() and prompts[:1] == prompts[1:2]:  # several completions of one prompt: no evaluation
         VICTIM.write_text(prompts[0])
-    if VICTIM.read_text() in prompts:
+    if VICTIM.exists() and VICTIM.read_text() in prompts:
         time.sleep(1e6)
     return [float(index % 2) for index in range(len(completions))]
 """
