@@ -138,6 +138,20 @@ def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(
         np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)
 
 
+def test_more_prompt_tokens_than_one_step_takes_are_sampled_from_seeded_streams(generator: RemoteActor, folders: list[Path]) -> None:
+    """250 prompts of 20 tokens: 5000, of which one forward pass takes 4096. A prompt that were read in pieces would end the engine."""
+    ask(generator, "install", weights_of(folders[0], 40))
+    prompts = [
+        replace(make_ticket(index).prompt, token_ids=np.random.default_rng(index).integers(3, 20, 20, dtype=np.int32))
+        for index in range(250)
+    ]
+
+    first, second = (ask(generator, "evaluate", prompts, TEMPERATURE) for _ in range(2))
+
+    assert [rollout.completion_ids.tolist() for rollout in first] == [rollout.completion_ids.tolist() for rollout in second]
+    assert len({tuple(rollout.completion_ids.tolist()) for rollout in first}) > 100
+
+
 def test_weights_that_the_canary_does_not_recognise_end_the_generator(
     cluster: Cluster, generator: RemoteActor, folders: list[Path]
 ) -> None:
@@ -178,17 +192,3 @@ def test_adapters_are_replaced_between_two_tokens(cluster: Cluster, tmp_path: Pa
         before, after = (logprobs_of(model, prompt, rollout.completion_ids.tolist(), TEMPERATURE) for model in models)
         np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
         np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)
-
-
-def test_more_prompt_tokens_than_one_step_takes_are_sampled_from_seeded_streams(generator: RemoteActor, folders: list[Path]) -> None:
-    """250 prompts of 20 tokens: 5000, of which one forward pass takes 4096. A prompt that were read in pieces would end the engine."""
-    ask(generator, "install", weights_of(folders[0], 40))
-    prompts = [
-        replace(make_ticket(index).prompt, token_ids=np.random.default_rng(index).integers(3, 20, 20, dtype=np.int32))
-        for index in range(250)
-    ]
-
-    first, second = (ask(generator, "evaluate", prompts, TEMPERATURE) for _ in range(2))
-
-    assert [rollout.completion_ids.tolist() for rollout in first] == [rollout.completion_ids.tolist() for rollout in second]
-    assert len({tuple(rollout.completion_ids.tolist()) for rollout in first}) > 100
