@@ -84,13 +84,16 @@ class Generator:
         tickets = tuple(group.ticket for group in groups)
         return Collected(tickets=tickets, num_inflight=num_inflight, usage=self._loop.usage), groups
 
-    def install(self, weights: WeightsVersion) -> InstallReport:
+    def install(self, *buckets: WeightsVersion) -> InstallReport:
         """Replace the weights between two tokens, and verify them; see `weights.on_update` for what running requests do.
 
+        Args:
+            buckets: of one version, in order.
         Raises:
             WeightsError: wrong tensors, damaged bytes, or a canary that does not sing. The engine must not be used again.
         """
         started = time.perf_counter()
+        weights = WeightsVersion.of(buckets)
         if self._config.weights.verify:
             check_manifest(weights.manifest, self._expected_shapes)
             check_tensors(weights)

@@ -204,7 +204,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
             continue
         await crew.gate.passed(offer.version)
         try:
-            report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
+            report: InstallReport = await actor.call("install", *offer.buckets, timeout_s=config.timeouts.weights_s)
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
             await crew.broadcaster.replace(broadcaster, error)
             continue

@@ -1,10 +1,10 @@
 """Calls to actors: each with a deadline, each failing with a sentence that says who waited for whom."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import psutil
 import ray
@@ -13,6 +13,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.wait_graph import WAITS
 from async_rlhf.errors import ActorFailedError, ActorLostError, AsyncRLHFError, DeadlineError, ObjectLostError
+
+T = TypeVar("T")
 
 CONTROL_GROUP = "control"
 """Threads of an actor that answer while its other ones work."""
@@ -61,7 +63,20 @@ class RemoteActor:
         WAITS.heard_from(self.name)
         return large
 
-    def start(self, method: str, *args: Any, num_returns: int = 1) -> Any:
+    async def stream(self, method: str, *args: Any, look: Callable[[Any], T], timeout_s: float) -> list[tuple[Any, T]]:
+        """Call a method that yields: of each thing its reference, owned by the caller, and what `look` sees in it, once all are there."""
+        seen: list[tuple[Any, T]] = []
+
+        async def collect() -> None:
+            async for reference in self.start(method, *args, num_returns="streaming"):
+                seen.append((reference, look(await reference)))  # an error comes as the last reference
+
+        edge = f"{self.name}.{method}"
+        await within(_unwrapped(collect(), edge), edge=edge, timeout_s=timeout_s)
+        WAITS.heard_from(self.name)
+        return seen
+
+    def start(self, method: str, *args: Any, num_returns: int | Literal["streaming"] = 1) -> Any:
         """Call without waiting: the reference (or references) of the answer, owned by the caller."""
         return getattr(self.handle, method).options(num_returns=num_returns).remote(*args)
 

@@ -12,7 +12,7 @@ from actors.supervision import Supervisor
 from async_rlhf.errors import ConfigError
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.sharding import shard_batch
-from async_rlhf.types import Batch, StepReport, WeightsVersion
+from async_rlhf.types import Batch, StepReport, WeightsManifest, WeightsVersion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,11 @@ async def retrain(
 
 
 async def _digest(learner: LearnerCrew, version: int, timeout_s: float) -> int:
-    """Every rank takes part in a snapshot, rank 0 returns it."""
-    pulls = (rank.call("snapshot", version, timeout_s=timeout_s) for rank in learner.ranks)
-    weights: WeightsVersion = (await asyncio.gather(*pulls))[0]
-    return weights.manifest.digest
+    """Every rank takes part in a snapshot, rank 0 yields it."""
+
+    def manifest_of(bucket: WeightsVersion) -> WeightsManifest:
+        return bucket.manifest
+
+    pulls = (rank.stream("snapshot", version, look=manifest_of, timeout_s=timeout_s) for rank in learner.ranks)
+    buckets = (await asyncio.gather(*pulls))[0]
+    return WeightsManifest.of([manifest for _, manifest in buckets]).digest

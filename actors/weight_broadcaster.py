@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.remote import RemoteActor, resolve
+from actors.remote import RemoteActor
 from actors.waiting import changed_before
 from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, LearnerLostError
-from async_rlhf.types import WeightsVersion
+from async_rlhf.types import WeightsManifest, WeightsVersion
 
 KEPT_VERSIONS = 2
 
@@ -37,20 +37,23 @@ class Offer:
     """A version to install."""
 
     version: int
-    weights: list[Any]
-    """[reference]: in a list, because a bare one would arrive as its value's copy."""
+    buckets: list[Any]
+    """References of the version's buckets, in order: in a list, because a bare one would arrive as its value's copy."""
 
 
 class WeightBroadcaster:
     """Between the learner ranks and the generators. All methods are coroutines of one event loop."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, num_kept: int = KEPT_VERSIONS) -> None:
         """
         Args:
             timeout_s: deadline of a snapshot.
+            num_kept: versions kept. Of one, the old version is let go before the new one is pulled: if the learner dies just then,
+                the next version is that of its checkpoint.
         """
         self._timeout_s = timeout_s
-        self._versions: dict[int, Any] = {}
+        self._num_kept = num_kept
+        self._versions: dict[int, list[Any]] = {}
         self._changed = asyncio.Condition()
 
     async def publish(self, version: int, ranks: Sequence[RemoteActor]) -> Published:
@@ -63,24 +66,26 @@ class WeightBroadcaster:
             LearnerLostError: a rank died, or did not answer in time.
         """
         started = time.perf_counter()
-        references = [rank.start("snapshot", version) for rank in ranks]
-        edges = [f"{rank.name}.snapshot" for rank in ranks]
-        pulls = (resolve(reference, edge=edge, timeout_s=self._timeout_s) for reference, edge in zip(references, edges, strict=True))
+        for old in sorted(self._versions)[: len(self._versions) + 1 - self._num_kept]:
+            if old < version:
+                del self._versions[old]
+        pulls = [rank.stream("snapshot", version, look=_manifest_of, timeout_s=self._timeout_s) for rank in ranks]
         try:
-            weights: WeightsVersion = (await asyncio.gather(*pulls))[0]
+            buckets = (await asyncio.gather(*pulls))[0]
         except (ActorLostError, ActorFailedError, DeadlineError) as error:
             raise LearnerLostError(f"weights version {version} could not be pulled: {error}") from error
+        manifest = WeightsManifest.of([of_bucket for _, of_bucket in buckets])
         async with self._changed:
             if version >= max(self._versions, default=0):
-                self._versions[version] = references[0]
-            for old in sorted(self._versions)[:-KEPT_VERSIONS]:
+                self._versions[version] = [reference for reference, _ in buckets]
+            for old in sorted(self._versions)[: -self._num_kept]:
                 del self._versions[old]
             self._changed.notify_all()
         return Published(
             version=version,
             export_s=time.perf_counter() - started,
-            digest=weights.manifest.digest,
-            canary_logprobs=weights.manifest.canary_logprobs,
+            digest=manifest.digest,
+            canary_logprobs=manifest.canary_logprobs,
         )
 
     async def newer_than(self, version: int, wait_s: float) -> Offer | None:
@@ -91,4 +96,8 @@ class WeightBroadcaster:
                 if not await changed_before(self._changed, ends):
                     return None
             newest = max(self._versions)
-            return Offer(version=newest, weights=[self._versions[newest]])
+            return Offer(version=newest, buckets=list(self._versions[newest]))
+
+
+def _manifest_of(bucket: WeightsVersion) -> WeightsManifest:
+    return bucket.manifest

@@ -6,6 +6,7 @@
     |-- ShapeError             tensors or arrays that do not fit together
     |-- StalenessError         a request that the staleness contract forbids
     |-- WeightsError           weights that do not fit the engine, or fail the canary
+    |   `-- TransferError      weights that did not arrive
     |-- EngineError            the sampling engine failed
     `-- RunError               a run that cannot go on (exit code 1)
         |-- DeadlineError      a blocking edge outlived its deadline
@@ -46,6 +47,10 @@ class StalenessError(AsyncRLHFError, ValueError):
 
 class WeightsError(AsyncRLHFError, RuntimeError):
     """Weights that do not match the engine's manifest, were damaged on the way, or fail the canary."""
+
+
+class TransferError(WeightsError):
+    """Weights did not arrive: a member of their group died, or was too slow, or they were damaged on the way."""
 
 
 class EngineError(AsyncRLHFError, RuntimeError):

@@ -1,7 +1,8 @@
 """Weights on their way: parameters become arrays with checksums, and a canary text says what they must compute."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CANARY_TOKENS = 32
 """Length of the canary text."""
 
+BUCKET_BYTES = 1 << 30
+"""Versions travel in buckets of at most this size, one reference each; a larger tensor is a bucket of its own."""
+
 
 def make_snapshot(
     parameters: Iterable[tuple[str, Tensor]],
@@ -26,21 +30,36 @@ def make_snapshot(
     canary_ids: tuple[int, ...],
     canary_logprobs: tuple[float, ...],
 ) -> WeightsVersion:
-    """Copy parameters into an immutable version, cast for the generators; it shares no memory with them.
+    """Copy parameters into an immutable version, cast for the generators; see make_buckets."""
+    empty = WeightsManifest(version=version, tensors=(), canary_ids=canary_ids, canary_logprobs=canary_logprobs)
+    return WeightsVersion.of(list(make_buckets(parameters, empty, dtype)))
+
+
+def make_buckets(parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifest, dtype: str) -> Iterator[WeightsVersion]:
+    """Copy parameters, cast for the generators, into immutable buckets of at most BUCKET_BYTES; they share no memory with them.
+
+    Each bucket is a part of the version with a manifest of its own: forget it before asking for the next, and no more than one is in
+    memory. There is at least one.
 
     Args:
         parameters: (name in the Hugging Face state dict, full tensor), in layer order.
+        empty: the version's manifest, without tensors.
         dtype: what the generators compute in.
     """
     tensors: dict[str, np.ndarray] = {}
     specs: list[TensorSpec] = []
+    num_bytes = 0
     for name, parameter in parameters:
+        size = parameter.numel() * DTYPES[dtype].itemsize
+        if tensors and num_bytes + size > BUCKET_BYTES:
+            yield WeightsVersion(manifest=replace(empty, tensors=tuple(specs)), tensors=tensors)
+            tensors, specs, num_bytes = {}, [], 0
         array = to_array(parameter.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous())
         array.flags.writeable = False
         tensors[name] = array
         specs.append(TensorSpec(name=name, shape=tuple(parameter.shape), dtype=dtype, checksum=checksum(array)))
-    manifest = WeightsManifest(version=version, tensors=tuple(specs), canary_ids=canary_ids, canary_logprobs=canary_logprobs)
-    return WeightsVersion(manifest=manifest, tensors=tensors)
+        num_bytes += size
+    yield WeightsVersion(manifest=replace(empty, tensors=tuple(specs)), tensors=tensors)
 
 
 def snapshot_of_folder(folder: Path, dtype: str) -> WeightsVersion:

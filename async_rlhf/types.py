@@ -8,7 +8,7 @@ initial policy, update u consumes batch u and turns version u into version u + 1
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -195,14 +195,25 @@ class WeightsManifest:
             digest = zlib.crc32(f"{spec.name} {spec.checksum}\n".encode(), digest)
         return digest
 
+    @classmethod
+    def of(cls, buckets: "Sequence[WeightsManifest]") -> "WeightsManifest":
+        """That of a whole version, from its buckets' in order."""
+        return replace(buckets[0], tensors=tuple(spec for bucket in buckets for spec in bucket.tensors))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsVersion:
-    """An immutable snapshot of the policy. Made by the learner, owned by the broadcaster, installed by generators."""
+    """An immutable snapshot of the policy, or a bucket of one. Made by the learner, owned by the broadcaster, installed by generators."""
 
     manifest: WeightsManifest
     tensors: Mapping[str, np.ndarray]
     """Name -> array in the manifest's shape (bfloat16 as int16 bits); read-only."""
+
+    @classmethod
+    def of(cls, buckets: "Sequence[WeightsVersion]") -> "WeightsVersion":
+        """A whole version of its buckets in order, without a copy."""
+        tensors = {name: array for bucket in buckets for name, array in bucket.tensors.items()}
+        return cls(manifest=WeightsManifest.of([bucket.manifest for bucket in buckets]), tensors=tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

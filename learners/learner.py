@@ -1,7 +1,7 @@
 """One learner rank: policy, critic where there is one, the update, the snapshot and the export. Called on all ranks at once."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from async_rlhf.losses.correction import mismatch_metrics
 from async_rlhf.metrics import derive, over_steps
 from async_rlhf.policy import make_scorer, score_microbatch
 from async_rlhf.snapshot import choose_canary, score_canary
-from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
+from async_rlhf.types import ScoredGroup, StepReport, WeightsManifest, WeightsVersion
 from learners.algorithms import make_objective
 from learners.checkpoint import FACTS_NAME, FORMAT, CheckpointWriter, Content, FileFacts, LearnerFacts, SavedLearner, file_names
 from learners.collective import sum_over_ranks
@@ -74,18 +74,10 @@ class Learner:
             metrics=derive(over_steps(steps)),
         )
 
-    def snapshot(self, version: int) -> WeightsVersion | None:
-        """An immutable copy of what the generators get, with canary, in their dtype; None on ranks other than 0."""
-        engine = self._policy.engine
-        logprobs = score_canary(engine, self._canary_ids, self._policy.device, self._config.learner.batching)
-        return snapshot(
-            published(model_of(engine), self._config.learner.lora),
-            version=version,
-            dtype=self._config.generator.dtype,
-            keep=dist.get_rank() == 0,
-            canary_ids=self._canary_ids,
-            canary_logprobs=logprobs,
-        )
+    def snapshot(self, version: int) -> Iterator[WeightsVersion]:
+        """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0."""
+        parts = published(model_of(self._policy.engine), self._config.learner.lora)
+        return snapshot(parts, self._empty_manifest(version), dtype=self._config.generator.dtype, keep=dist.get_rank() == 0)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy, adapters merged, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""
@@ -178,6 +170,10 @@ class Learner:
             metrics |= self._critic.step(units, totals)
         self._optimizer_steps += 1
         return metrics
+
+    def _empty_manifest(self, version: int) -> WeightsManifest:
+        logprobs = score_canary(self._policy.engine, self._canary_ids, self._policy.device, self._config.learner.batching)
+        return WeightsManifest(version=version, tensors=(), canary_ids=self._canary_ids, canary_logprobs=logprobs)
 
     def _count(self, units: Sequence[Unit], num_groups: int) -> tuple[Totals, float]:
         """The global minibatch's denominators, and its tokens, prompts included."""

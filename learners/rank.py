@@ -5,7 +5,7 @@ The heavy imports (torch, transformers, deepspeed: seconds) happen inside, so th
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +67,9 @@ class LearnerRank:
         """See Learner.train_step."""
         return self._joined.train_step(update, minibatches)
 
-    def snapshot(self, version: int) -> WeightsVersion | None:
-        """See Learner.snapshot."""
-        return self._joined.snapshot(version)
+    def snapshot(self, version: int) -> Iterator[WeightsVersion]:
+        """See Learner.snapshot; called as a stream, so that each bucket is an object of its own."""
+        yield from self._joined.snapshot(version)
 
     def save_pretrained(self, folder: str) -> None:
         """See Learner.save_pretrained."""

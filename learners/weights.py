@@ -7,26 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from async_rlhf.adapters import Part, plain_parts
-from async_rlhf.snapshot import make_snapshot
-from async_rlhf.types import WeightsVersion
+from async_rlhf.snapshot import make_buckets
+from async_rlhf.types import WeightsManifest, WeightsVersion
 
-BUCKET_BYTES = 64 << 20
-"""Partitioned parameters are gathered in buckets of this size, so that memory stays bounded."""
+GATHER_BYTES = 64 << 20
+"""Partitioned parameters are gathered in lots of this size, so that memory stays bounded."""
 
 
-def snapshot(
-    parts: Iterable[Part], *, version: int, dtype: str, keep: bool, canary_ids: tuple[int, ...], canary_logprobs: tuple[float, ...]
-) -> WeightsVersion | None:
-    """An immutable copy of the parts; see make_snapshot. A collective call under ZeRO-3.
+def snapshot(parts: Iterable[Part], empty: WeightsManifest, *, dtype: str, keep: bool) -> Iterator[WeightsVersion]:
+    """An immutable copy of the parts, bucket by bucket; see make_buckets. A collective call under ZeRO-3.
 
     Args:
-        keep: whether this rank wants the result; the others only take part in the gathering, and get None.
+        keep: whether this rank wants the result; the others only take part in the gathering, and get nothing.
     """
-    if not keep:
-        for _ in gathered(parts):
-            pass
-        return None
-    return make_snapshot(gathered(parts), version=version, dtype=dtype, canary_ids=canary_ids, canary_logprobs=canary_logprobs)
+    if keep:
+        yield from make_buckets(gathered(parts), empty, dtype)
+        return
+    for _ in gathered(parts):
+        pass
 
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -41,19 +39,19 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def gathered(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
     """Every part by name with its full value, adapters merged. Use each before asking for the next."""
-    bucket: list[Part] = []
+    lot: list[Part] = []
     num_bytes = 0
     for part in parts:
-        bucket.append(part)
+        lot.append(part)
         num_bytes += sum(getattr(each, "ds_numel", each.numel()) * each.element_size() for each in part.parameters)
-        if num_bytes >= BUCKET_BYTES:
-            yield from _gather(bucket)
-            bucket, num_bytes = [], 0
-    yield from _gather(bucket)
+        if num_bytes >= GATHER_BYTES:
+            yield from _gather(lot)
+            lot, num_bytes = [], 0
+    yield from _gather(lot)
 
 
-def _gather(bucket: list[Part]) -> Iterator[tuple[str, Tensor]]:
-    partitioned = [parameter for part in bucket for parameter in part.parameters if hasattr(parameter, "ds_id")]
+def _gather(lot: list[Part]) -> Iterator[tuple[str, Tensor]]:
+    partitioned = [parameter for part in lot for parameter in part.parameters if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        for part in bucket:
+        for part in lot:
             yield part.name, part.merged()

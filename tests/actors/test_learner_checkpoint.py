@@ -82,9 +82,7 @@ class FreshLearner:
         return asyncio.run(self.ranks.group.saved())
 
     def weights(self) -> WeightsVersion:
-        weights = asyncio.run(self.ranks.all("snapshot", 0))[0]
-        assert isinstance(weights, WeightsVersion)
-        return weights
+        return self.ranks.weights(0)
 
     def digest(self) -> int:
         return self.weights().manifest.digest

@@ -236,9 +236,9 @@ class FakeLearner:
         self.events.append(f"train {update} ends")
         return [StepReport(version=update + 1, optimizer_steps=update + 1, num_tokens=10, train_s=0.1, metrics={})]
 
-    async def snapshot(self, version: int) -> Snapshot:
+    async def snapshot(self, version: int) -> list[Snapshot]:
         assert version == self.version, "a version is what the learner has trained, not what is asked for"
-        return Snapshot(version)
+        return [Snapshot(version)]
 
 
 Make = Callable[[str], Any]
@@ -1101,7 +1101,7 @@ def test_weights_that_died_with_their_broadcaster_are_pulled_anew():
 
         async def newer_than(self, version: int, wait_s: float) -> Offer | None:
             offer = await super().newer_than(version, wait_s)
-            return Offer(version=offer.version, weights=[lost_reference()]) if offer is not None and self.hollow else offer
+            return Offer(version=offer.version, buckets=[lost_reference()]) if offer is not None and self.hollow else offer
 
     async def story() -> None:
         stage = await Stage(FakeQueue(num_tickets=1, num_batches=0), broadcaster=Hollow).begin()

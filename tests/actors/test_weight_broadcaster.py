@@ -38,16 +38,16 @@ class Rank:
         self.gate.set()
         self.error: Exception | None = None
 
-    async def snapshot(self, version: int) -> Snapshot | None:
+    async def snapshot(self, version: int) -> list[Snapshot]:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
         self.stage.events.append(f"snapshot {version} rank {self.rank}")
         if self.rank:
-            return None
+            return []
         made = Snapshot(version)
         self.stage.alive[version] = weakref.ref(made)
-        return made
+        return [made]
 
 
 class Stage:
@@ -73,7 +73,7 @@ async def version_of(offer: Offer | None) -> int | None:
     """The version of an offer, having looked into its weights."""
     if offer is None:
         return None
-    (reference,) = offer.weights
+    (reference,) = offer.buckets
     assert (await reference).version == offer.version
     return offer.version
 
@@ -189,7 +189,7 @@ def test_a_version_that_is_published_again_is_offered_from_its_new_snapshot():
         await stage.publish(2)
 
         offer = await stage.broadcaster.newer_than(1, 0.0)
-        assert offer is not None and await offer.weights[0] is stage.alive[2]() is not first
+        assert offer is not None and await offer.buckets[0] is stage.alive[2]() is not first
 
     run(story())
 
@@ -215,7 +215,7 @@ def test_a_version_that_is_being_installed_outlives_its_successors():
         await settle()
         gc.collect()
 
-        assert offer is not None and stage.alive[0]() is await offer.weights[0]
+        assert offer is not None and stage.alive[0]() is await offer.buckets[0]
         assert stage.alive[1]() is None
 
     run(story())

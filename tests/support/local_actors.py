@@ -4,7 +4,7 @@ What the code under test holds is a true RemoteActor around a LocalHandle, which
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -101,9 +101,10 @@ class LocalHandle:
 
 class _Method:
     def __init__(self, handle: LocalHandle, method: str) -> None:
-        self._handle, self._method, self._num_returns = handle, method, 1
+        self._handle, self._method = handle, method
+        self._num_returns: int | str = 1
 
-    def options(self, *, num_returns: int = 1, concurrency_group: str = "") -> "_Method":
+    def options(self, *, num_returns: int | str = 1, concurrency_group: str = "") -> "_Method":
         self._num_returns = num_returns
         return self
 
@@ -111,10 +112,25 @@ class _Method:
         answer = self._handle.run(self._method, args)
         if self._num_returns == 1:
             return answer
+        if isinstance(self._num_returns, str):
+            return _items(answer)
         items = tuple(asyncio.ensure_future(_item(answer, index)) for index in range(self._num_returns))
         for item in items:
             item.add_done_callback(_seen)
         return items
+
+
+async def _items(answer: "asyncio.Future[Any]") -> AsyncGenerator["asyncio.Future[Any]", None]:
+    """The stream of a method that returns a list of what it would yield; as with Ray, an error is its last item."""
+    try:
+        values: list[Any] = await asyncio.shield(answer)
+    except Exception:
+        yield answer
+        return
+    for value in values:
+        item: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        item.set_result(value)
+        yield item
 
 
 async def _item(answer: "asyncio.Future[Any]", index: int) -> Any:

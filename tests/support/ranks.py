@@ -16,7 +16,7 @@ import torch
 from actors.launch import ActorSpec, Cluster
 from actors.remote import RemoteActor, kill
 from async_rlhf.config import Config
-from async_rlhf.types import Batch
+from async_rlhf.types import Batch, WeightsVersion
 from learners.group import LearnerGroup
 from learners.rank import LearnerRank
 from tests.support.cluster import small_config
@@ -72,6 +72,19 @@ class Ranks:
         ]
         self.group = LearnerGroup(self.actors, config)
         asyncio.run(self.group.join())
+
+    def weights(self, version: int) -> WeightsVersion:
+        """What the ranks have now, all of it; it comes from rank 0 alone."""
+
+        async def pull() -> list[list[tuple[object, WeightsVersion]]]:
+            return await asyncio.gather(*(actor.stream("snapshot", version, look=whole, timeout_s=120) for actor in self.actors))
+
+        def whole(bucket: WeightsVersion) -> WeightsVersion:
+            return bucket
+
+        of_first, *of_others = asyncio.run(pull())
+        assert not any(of_others)
+        return WeightsVersion.of([bucket for _, bucket in of_first])
 
     async def all(self, method: str, *args: object) -> list[object]:
         return await asyncio.gather(*(actor.call(method, *args, timeout_s=120) for actor in self.actors))
