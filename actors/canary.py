@@ -52,20 +52,23 @@ def shapes_of_versions(folder: Path, lora: LoraConfig) -> dict[str, tuple[int, .
     return {part.name: tuple(part.weight.shape) for part in published(model, lora)}
 
 
-def check_room(shapes: Mapping[str, tuple[int, ...]], dtype: str, num_versions: int, store_bytes: float) -> None:
-    """Raise ConfigError unless the versions kept take less than 80 % of a node's object store.
+def versions_with_room(shapes: Mapping[str, tuple[int, ...]], dtype: str, max_versions: int, store_bytes: float) -> int:
+    """How many versions of the weights take less than 80 % of a node's object store, at most `max_versions`.
 
     Args:
         shapes: of every tensor; dtype: what they travel in.
         store_bytes: the smallest object store of any node.
+    Raises:
+        ConfigError: not even one does.
     """
-    num_bytes = num_versions * (2 if dtype == "bfloat16" else 4) * sum(math.prod(shape) for shape in shapes.values())
+    num_bytes = (2 if dtype == "bfloat16" else 4) * sum(math.prod(shape) for shape in shapes.values())
     if num_bytes > STORE_SHARE * store_bytes:
         raise ConfigError(
-            f"{num_versions} versions of the weights take {num_bytes / 2**20:.0f} MiB, more than {STORE_SHARE:.0%} of Ray's object "
-            f"store of {store_bytes / 2**20:.0f} MiB; raise run.object_store_mib (on a cluster: ray start --object-store-memory), or "
-            "set generator.dtype=bfloat16"
+            f"one version of the weights takes {num_bytes / 2**20:.0f} MiB, more than {STORE_SHARE:.0%} of Ray's object store of "
+            f"{store_bytes / 2**20:.0f} MiB; raise run.object_store_mib (on a cluster: ray start --object-store-memory), or set "
+            "generator.dtype=bfloat16"
         )
+    return min(max_versions, int(STORE_SHARE * store_bytes // max(1, num_bytes)))
 
 
 def check_manifest(manifest: WeightsManifest, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -91,7 +94,7 @@ def check_tensors(weights: WeightsVersion) -> None:
         array = weights.tensors.get(spec.name)
         if array is None:
             raise WeightsError(f"tensor {spec.name} of weights version {weights.manifest.version} did not arrive")
-        if array.shape != spec.shape or zlib.crc32(_bytes_of(array)) != spec.checksum:
+        if array.shape != spec.shape or zlib.crc32(bytes_of(array)) != spec.checksum:
             raise WeightsError(
                 f"tensor {spec.name} of weights version {weights.manifest.version} was damaged on its way (shape {array.shape}, "
                 f"expected {spec.shape}, or its checksum differs)"
@@ -123,7 +126,7 @@ def perturbed(weights: WeightsVersion) -> WeightsVersion:
     """The same version with visible, seeded noise on every tensor: what a canary must notice."""
     rng = np.random.default_rng(0)
     tensors = {spec.name: _with_noise(weights.tensors[spec.name], spec, rng) for spec in weights.manifest.tensors}
-    specs = tuple(replace(spec, checksum=zlib.crc32(_bytes_of(tensors[spec.name]))) for spec in weights.manifest.tensors)
+    specs = tuple(replace(spec, checksum=zlib.crc32(bytes_of(tensors[spec.name]))) for spec in weights.manifest.tensors)
     return WeightsVersion(manifest=replace(weights.manifest, tensors=specs), tensors=tensors)
 
 
@@ -138,5 +141,6 @@ def _with_noise(array: np.ndarray, spec: TensorSpec, rng: np.random.Generator) -
     return noisy.astype(array.dtype)
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
+    """An array's memory, in order; copied only where it is not in one piece."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from actors.canary import check_room, shapes_of_folder
+from actors.canary import shapes_of_folder, versions_with_room
 from actors.crew import Crew
 from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
+from actors.receiving import ReceivingGenerator
 from actors.replay_queue import ReplayQueue
 from actors.reward import Rater
 from actors.scorer import Scorer
 from actors.supervision import Member, Supervisor
 from actors.training_state import TrainingStateStore
+from actors.transport import ByGroup, ByReference
 from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
 from async_rlhf.checkpoints import Checkpoint
 from async_rlhf.run_plan import RunPlan
@@ -25,6 +27,7 @@ class Cast:
         self._plan = plan
         self._supervisor = supervisor
         self.learner = learner
+        self._num_kept = KEPT_VERSIONS
         config, folder = plan.config, str(plan.model_folder)
 
         def generator(place: str) -> Callable[[str], ActorSpec]:
@@ -32,7 +35,7 @@ class Cast:
             return lambda name: ActorSpec(
                 name=name,
                 place=place,
-                cls=Generator,
+                cls=ReceivingGenerator if config.weights.by_group else Generator,
                 args=(config, folder, name),
                 num_cpus=of.num_cpus,
                 num_gpus=of.num_gpus,
@@ -55,7 +58,7 @@ class Cast:
         self.broadcaster = Member(
             supervisor,
             "weight_broadcaster",
-            lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s,)),
+            lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s, self._num_kept)),
         )
         self.state = Member(
             supervisor,
@@ -76,7 +79,9 @@ class Cast:
         """
         plan, cluster = self._plan, self._supervisor.cluster
         shapes = shapes_of_folder(plan.model_folder)
-        check_room(shapes, plan.config.generator.dtype, KEPT_VERSIONS, cluster.object_store_bytes())
+        if not plan.config.weights.by_group:
+            room = cluster.object_store_bytes()
+            self._num_kept = versions_with_room(shapes, plan.config.generator.dtype, KEPT_VERSIONS, room)
         specs = [member.next_spec() for member in self.members]
         ranks = self.learner.next_specs()
         await cluster.reserve([*specs, *ranks])
@@ -95,6 +100,7 @@ class Cast:
             queue=self.queue,
             broadcaster=self.broadcaster,
             learner=self.learner,
+            transport=(ByGroup if plan.config.weights.by_group else ByReference)(plan.config),
         )
         return crew, joining.result()
 

@@ -9,6 +9,7 @@ from actors.gate import InstallGate
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
 from actors.supervision import Member, Supervisor
+from actors.transport import Transport
 from actors.weight_broadcaster import Published
 from async_rlhf.config import Config
 from async_rlhf.metrics import BatchSummary
@@ -27,6 +28,7 @@ class Crew:
     queue: Member
     broadcaster: Member
     learner: LearnerClient
+    transport: Transport
     rewards: Sequence[Member] = ()
     """Empty: the scorers compute the rewards themselves."""
     usage: dict[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
@@ -42,6 +44,8 @@ class Crew:
     """Set: the train loop ends after the update that it is at."""
     published: tuple[int, RemoteActor | None] = (-1, None)
     """The last version that was published, and the broadcaster that took it."""
+    publisher: RemoteActor | None = None
+    """The rank 0 that it came from."""
     idle_scorers: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
     """Those of `scorers` that have nothing to do: each scores one call at a time, whichever is free."""
     idle_rewards: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
@@ -57,8 +61,15 @@ class Crew:
         """Have the learner's version pulled and offered to the generators."""
         limit = config.timeouts.weights_s + config.timeouts.call_s
         published = await self.broadcaster.call("publish", version, self.learner.ranks, timeout_s=limit)
-        self.published = version, self.broadcaster.actor
+        self.published, self.publisher = (version, self.broadcaster.actor), self.learner.ranks[0]
         return published
+
+    @property
+    def must_publish(self) -> bool:
+        """Whether whoever a new generator gets its first version from began empty since."""
+        if self.transport.by_sender and self.publisher is not self.learner.ranks[0]:
+            return True
+        return self.published[1] is not self.broadcaster.actor
 
 
 @dataclass(frozen=True, kw_only=True)

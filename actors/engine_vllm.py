@@ -1,6 +1,6 @@
-"""vLLM in this very process: one LLMEngine, stepped by its caller, its weights replaced between two steps.
+"""vLLM in this very process: one LLMEngine, stepped by its caller, its weights replaced between two steps (see vllm_weights).
 
-The one file that calls vLLM's update API, which changes between releases. Importing it imports vllm (seconds).
+Split over several devices, its workers are processes of their own, and the engine is still here. Importing it imports vllm (seconds).
 """
 
 import os
@@ -9,60 +9,42 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from actors.vllm_weights import TRANSFER, EngineUpdates, named_tensors
 from async_rlhf.adapters import save_adapters, target_layers
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
-from async_rlhf.errors import EngineError
+from async_rlhf.errors import EngineError, TransferError
 from async_rlhf.policy import empty_policy
 from async_rlhf.protocols import SampleRequest
-from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
+from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsManifest, WeightsVersion
+from async_rlhf.weight_group import Meeting
 
 _CANARY = "canary"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+WORKERS_MEMORY = ("psm_", "sem.mp-", "vllm_dist_")
+"""How the names of what vLLM's processes share begin."""
+
 MAX_STEP_TOKENS = 4096
 """Of all requests in one forward pass on the CPU; more where a single prompt may be longer."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be made ready for."""
-
-
-class WeightInstaller:
-    """Mixed into vLLM's worker (`worker_extension_cls`), so that its methods can be called by name in the worker."""
-
-    def install_weights(self, weights: WeightsVersion) -> None:
-        """Load every tensor through vLLM's own reload, which unpacks and repacks kernel layouts."""
-        worker: Any = self
-        worker.reload_weights(weights_iterator=named_tensors(weights))
-        # On CPU the reload leaves a prepacked copy of a tied head stale.
-        for module in worker.model_runner.get_model().modules():
-            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-                module.quant_method.process_weights_after_loading(module)
-
-
-def named_tensors(weights: WeightsVersion) -> Iterator[tuple[str, torch.Tensor]]:
-    """Torch views of a snapshot's arrays, without a copy, in layer order."""
-    with warnings.catch_warnings():
-        # The arrays are read-only, shared with every generator of the node; nobody writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for spec in weights.manifest.tensors:
-            tensor = torch.from_numpy(weights.tensors[spec.name])
-            yield spec.name, tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
 class VLLMEngine:
@@ -97,11 +79,17 @@ class VLLMEngine:
             **(_whole_prompts(config, num_slots) if on_cpu else {}),
             # The behavior policy is the distribution really sampled: after the temperature.
             logprobs_mode="processed_logprobs",
-            worker_extension_cls="actors.engine_vllm.WeightInstaller",
+            worker_extension_cls="actors.vllm_weights.WeightInstaller",
+            weight_transfer_config=TRANSFER,
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
             disable_log_stats=True,
             **({} if lora is None else _adapter_arguments(model_folder, lora)),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
+        self._updates = EngineUpdates(self._engine, config.tensor_parallel_size)
+        if config.tensor_parallel_size > 1:
+            forget_shared_memory()
 
     @property
     def num_running(self) -> int:
@@ -137,14 +125,26 @@ class VLLMEngine:
         """Install between two steps. On any error the engine is unusable: the caller ends the actor."""
         try:
             if self._lora is None:
-                self._engine.collective_rpc("install_weights", args=(weights,))
+                self._updates.install(weights)
             else:
                 self._load_adapter(weights, self._lora)
+                self._updates.commit(weights.manifest.version)
         except Exception as error:
             raise EngineError(f"vLLM could not load weights version {weights.manifest.version}: {error}") from error
-        # Recompute the running prefixes too, so that every later token is sampled by the new policy alone.
-        self._engine.reset_prefix_cache(reset_running_requests=True)
-        self._engine.set_weight_version(str(weights.manifest.version))
+
+    def meet(self, meeting: Meeting) -> None:
+        """See ReceivingEngine."""
+        try:
+            self._updates.meet(meeting)
+        except Exception as error:
+            raise TransferError(f"vLLM's workers could not meet the learner: {error}") from error
+
+    def receive(self, manifest: WeightsManifest, noise: bool) -> None:
+        """See ReceivingEngine."""
+        try:
+            self._updates.receive(manifest, noise)
+        except Exception as error:
+            raise TransferError(f"vLLM could not receive weights version {manifest.version}: {error}") from error
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
         """Prompt log-probabilities of one extra request."""
@@ -157,7 +157,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Free the key/value cache and the model."""
-        self._engine.engine_core.shutdown()
+        with suppress(FileNotFoundError):  # what forget_shared_memory took away early
+            self._engine.engine_core.shutdown()
 
     def _load_adapter(self, weights: WeightsVersion, lora: LoraConfig) -> None:
         """In place of the last version's. vLLM takes adapters from files; they are read at once, so a moment in memory is enough."""
@@ -203,6 +204,18 @@ def _whole_prompts(config: GeneratorConfig, num_slots: int) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, num_slots + 1),
     }
+
+
+def forget_shared_memory() -> None:
+    """Take the names of the workers' shared memory away, now that all have it: the memory lives as long as they do.
+
+    Otherwise a killed engine would leave hundreds of megabytes in /dev/shm, each time.
+    """
+    own = psutil.Process()
+    mapped = {region.path for process in (own, *own.children(recursive=True)) for region in process.memory_maps()}
+    for path in map(Path, mapped):
+        if path.parent == SHARED_MEMORY and path.name.startswith(WORKERS_MEMORY):
+            path.unlink(missing_ok=True)
 
 
 def _adapter_arguments(model_folder: Path, lora: LoraConfig) -> dict[str, Any]:

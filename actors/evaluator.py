@@ -87,7 +87,7 @@ class Evaluator:
         crew, waited_s, first_s = self._crew, 0.0, None
         limit_s = self._timeouts.start_s + self._timeouts.weights_s
         while True:
-            if crew.published[1] is not crew.broadcaster.actor:
+            if crew.must_publish:
                 await crew.publish(version, self._config)
             actors = [generator.actor for generator in crew.generators]
             at_version = [actor for actor in actors if (report := crew.installs.get(actor.name)) and report.version >= version]

@@ -3,7 +3,7 @@
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,13 @@ from actors.engine_loop import EngineLoop, EngineUsage
 from async_rlhf.config import Config
 from async_rlhf.errors import EngineError, WeightsError
 from async_rlhf.protocols import Engine, SampleRequest
-from async_rlhf.types import InstallReport, Prompt, Rollout, RolloutGroup, Ticket, WeightsVersion
+from async_rlhf.types import InstallReport, Prompt, Rollout, RolloutGroup, Ticket, WeightsManifest, WeightsVersion
+
+Load = Callable[[bool], None]
+"""Puts a version into the engine; given True, visibly disturbed."""
+
+ROUNDS_OF_PROOF = 3
+"""How often the first version is loaded: to measure the engine's own error, disturbed, and for good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +104,10 @@ class Generator:
             check_manifest(weights.manifest, self._expected_shapes)
             check_tensors(weights)
         drain = self._config.weights.on_update == "drain"
-        pause_s, error = self._loop.call(lambda engine: self._load(engine, weights), when_idle=drain).result()
+        pause_s, error = self._loop.call(
+            lambda engine: self._load(engine, weights.manifest, lambda noise: engine.load(perturbed(weights) if noise else weights)),
+            when_idle=drain,
+        ).result()
         return InstallReport(version=weights.manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
 
     def evaluate(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
@@ -132,31 +141,31 @@ class Generator:
         """End the engine's thread and free its memory."""
         self._loop.close()
 
-    def _load(self, engine: Engine, weights: WeightsVersion) -> tuple[float, float]:
+    def _load(self, engine: Engine, manifest: WeightsManifest, load: Load) -> tuple[float, float]:
         """On the loop's thread. Returns seconds of pause, canary error in nats."""
         if self._config.weights.verify and self._tolerance is None:
-            self._tolerance = self._prove_canary(engine, weights)
+            self._tolerance = self._prove_canary(engine, manifest, load)
         started = time.perf_counter()
-        engine.load(weights)
+        load(False)
         pause_s = time.perf_counter() - started
         if not self._config.weights.verify:
             return pause_s, 0.0
-        error = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        error = canary_error(manifest, engine.score(manifest.canary_ids))
         assert self._tolerance is not None
         if not error <= self._tolerance:
             raise WeightsError(
-                f"{self._incarnation}: after installing version {weights.manifest.version} the canary's log-probabilities differ "
+                f"{self._incarnation}: after installing version {manifest.version} the canary's log-probabilities differ "
                 f"from the learner's by {error:.3g} nats, allowed {self._tolerance:.3g}; the engine samples from other weights"
             )
         return pause_s, error
 
-    def _prove_canary(self, engine: Engine, weights: WeightsVersion) -> float:
+    def _prove_canary(self, engine: Engine, manifest: WeightsManifest, load: Load) -> float:
         """Measure the engine's own error, and show that the canary notices wrong weights. Returns the tolerance, nats."""
-        engine.load(weights)
-        baseline = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        load(False)
+        baseline = canary_error(manifest, engine.score(manifest.canary_ids))
         tolerance = tolerance_of(self._config.generator.dtype, baseline, self._config.weights.canary_tolerance)
-        engine.load(perturbed(weights))
-        seen = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
+        load(True)
+        seen = canary_error(manifest, engine.score(manifest.canary_ids))
         if not seen > tolerance:
             raise WeightsError(
                 f"{self._incarnation}: perturbed weights moved the canary by only {seen:.3g} nats, less than the tolerance "

@@ -20,7 +20,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.remote import CONTROL_GROUP, Process, RemoteActor, kill, last_line, within
+from actors.remote import CONTROL_GROUP, WEIGHTS_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
 from async_rlhf.errors import ConfigError, HeadLostError, JournalError, JournalLockedError, RunError
 
@@ -150,7 +150,9 @@ class Cluster:
             assert self._group is not None, "reserve() comes before start()"
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._bundles[place])
         remote: Any = ray.remote  # its stubs know no concurrency groups
-        actor = RemoteActor(remote(concurrency_groups={CONTROL_GROUP: 1})(spec.cls).options(**options).remote(*spec.args), spec.name)
+        actor = RemoteActor(
+            remote(concurrency_groups={CONTROL_GROUP: 1, WEIGHTS_GROUP: 1})(spec.cls).options(**options).remote(*spec.args), spec.name
+        )
         self._actors.append(actor)
         return actor
 

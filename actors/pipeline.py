@@ -37,7 +37,7 @@ from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
 from async_rlhf.errors import ActorFailedError, DeadlineError, ObjectLostError, RewardError
 from async_rlhf.metrics import BatchSummary
-from async_rlhf.types import InstallReport, Ticket
+from async_rlhf.types import Ticket
 
 T = TypeVar("T")
 
@@ -124,8 +124,8 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
     """The batch's summary, or None when no further batch will come, or none is wanted."""
     waited_s = 0.0
     while not crew.stopping.is_set():
-        if crew.published[1] is not crew.broadcaster.actor:
-            await crew.publish(update, config)  # a new broadcaster begins empty, and a new generator waits for its first version
+        if crew.must_publish:
+            await crew.publish(update, config)
         asked = time.monotonic()
         call = crew.queue.call("next_batch", update, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
         answer: NextBatch | None = await _unless(crew.stopping, call)
@@ -204,9 +204,11 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
             continue
         await crew.gate.passed(offer.version)
         try:
-            report: InstallReport = await actor.call("install", *offer.buckets, timeout_s=config.timeouts.weights_s)
+            report = await crew.transport.deliver(actor, offer, crew.learner.ranks)
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
             await crew.broadcaster.replace(broadcaster, error)
+            continue
+        if report is None:
             continue
         await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
         await flow.change(installed=report.version)

@@ -19,6 +19,9 @@ T = TypeVar("T")
 CONTROL_GROUP = "control"
 """Threads of an actor that answer while its other ones work."""
 
+WEIGHTS_GROUP = "weights"
+"""Those of a learner rank that send weights while its other ones work."""
+
 RAY_ADVICE = " Some common causes include"
 """Begins what Ray says of every death alike."""
 
@@ -45,14 +48,16 @@ class RemoteActor:
         self.process: Process | None = None
         """Known once it is ready."""
 
-    async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float, group: str = "") -> Any:
         """Call and await the answer. References among `args` reach the method as their values.
 
+        Args:
+            group: whose threads run it: CONTROL_GROUP, WEIGHTS_GROUP, or those that do the actor's work.
         Raises:
             DeadlineError: no answer in time. ActorLostError: the actor died. ObjectLostError: an argument is gone.
             AsyncRLHFError: what the method raised, if one of ours. ActorFailedError: what it raised, if not.
         """
-        answer = await resolve(self.start(method, *args), edge=f"{self.name}.{method}", timeout_s=timeout_s)
+        answer = await resolve(self.start(method, *args, group=group), edge=f"{self.name}.{method}", timeout_s=timeout_s)
         WAITS.heard_from(self.name)
         return answer
 
@@ -76,9 +81,10 @@ class RemoteActor:
         WAITS.heard_from(self.name)
         return seen
 
-    def start(self, method: str, *args: Any, num_returns: int | Literal["streaming"] = 1) -> Any:
+    def start(self, method: str, *args: Any, num_returns: int | Literal["streaming"] = 1, group: str = "") -> Any:
         """Call without waiting: the reference (or references) of the answer, owned by the caller."""
-        return getattr(self.handle, method).options(num_returns=num_returns).remote(*args)
+        options = {"num_returns": num_returns, **({"concurrency_group": group} if group else {})}
+        return getattr(self.handle, method).options(**options).remote(*args)
 
     async def ping(self, timeout_s: float) -> None:
         """Wait for a sign of life, whatever the actor is busy with; see `call` for the errors."""

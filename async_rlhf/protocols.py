@@ -5,11 +5,14 @@ The remote ones are asynchronous; behind each stands an actor, a fake in a test,
 
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from async_rlhf.types import Rollout, StepReport, WeightsVersion
+from async_rlhf.types import Rollout, StepReport, WeightsManifest, WeightsVersion
+
+if TYPE_CHECKING:
+    from async_rlhf.weight_group import Meeting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+class ReceivingEngine(Engine, Protocol):
+    """One whose workers take weights straight from the learner, as members of a group. After an error it is unusable."""
+
+    def meet(self, meeting: "Meeting") -> None:
+        """Join the sender's group; that of an earlier sender is left."""
+        ...
+
+    def receive(self, manifest: WeightsManifest, noise: bool) -> None:
+        """Take part in one transfer and replace all weights, as `load` does; with `noise`, visibly disturbed."""
         ...
 
 

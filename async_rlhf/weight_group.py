@@ -55,22 +55,27 @@ class Meeting:
 class WeightGroup:
     """One member's end of a group. Used from one thread; `abort` from any."""
 
-    def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
+    def __init__(self, meeting: Meeting, rank: int, device: torch.device, aborted: threading.Event | None = None) -> None:
         """Meet the others; returns once all are there.
 
+        Args:
+            aborted: set from another thread: give up, also before there is anything to `abort`.
         Raises:
             TransferError: they did not come in time.
         """
         self._meeting = meeting
-        self._device = device
-        self._aborted = threading.Event()
-        timeout = timedelta(seconds=meeting.timeout_s)
+        self._aborted = aborted or threading.Event()
+        self._ends = time.monotonic() + meeting.timeout_s
         try:
-            store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout)  # pyright: ignore
-            self._group = _make_group(meeting, dist.PrefixStore(meeting.key, store), rank, device)  # pyright: ignore
-            self.broadcast(torch.zeros(1, device=device), "the meeting")  # NCCL connects with the first transfer, not before
+            store = _join_store(meeting)
+            store.set(f"member {rank}", "here")
+            self._until(lambda: store.check([f"member {other}" for other in range(meeting.world_size)]), "the meeting")
+            self._group = _make_group(meeting, store, rank, device)
+        except TransferError:
+            raise
         except (RuntimeError, ValueError) as error:
-            raise TransferError(f"no meeting at {meeting.address}:{meeting.port} within {meeting.timeout_s:g} s: {error}") from error
+            raise TransferError(f"no meeting at {meeting.address}:{meeting.port}: {error}") from error
+        self.broadcast(torch.zeros(1, device=device), "the meeting")  # NCCL connects with the first transfer, not before
 
     def broadcast(self, tensor: Tensor, what: str) -> None:
         """Send (rank 0) or receive (the others) a tensor, in place.
@@ -78,16 +83,13 @@ class WeightGroup:
         Raises:
             TransferError: a member died, or the deadline passed, or somebody aborted. The group is of no more use.
         """
-        ends = time.monotonic() + self._meeting.timeout_s
+        self._ends = time.monotonic() + self._meeting.timeout_s
         try:
-            work = self._group.broadcast([tensor], dist.BroadcastOptions())
-            while not work.is_completed():
-                if self._aborted.is_set():
-                    raise TransferError(f"the transfer of {what} was given up")
-                if time.monotonic() > ends:
-                    raise TransferError(f"the transfer of {what} was not through within {self._meeting.timeout_s:g} s (timeouts.weights_s)")
-                time.sleep(POLL_S)
+            work = self._group.broadcast([tensor], dist.BroadcastOptions())  # pyright: ignore[reportPrivateImportUsage]
+            self._until(work.is_completed, what)
             work.wait()
+        except TransferError:
+            raise
         except RuntimeError as error:
             raise TransferError(f"the transfer of {what} failed: {error}") from error
 
@@ -95,6 +97,14 @@ class WeightGroup:
         """End whatever goes on, and the group."""
         self._aborted.set()
         self._group.abort()
+
+    def _until(self, through: Callable[[], bool], what: str) -> None:
+        while not through():
+            if self._aborted.is_set():
+                raise TransferError(f"the transfer of {what} was given up")
+            if time.monotonic() > self._ends:
+                raise TransferError(f"the transfer of {what} was not through within {self._meeting.timeout_s:g} s (timeouts.weights_s)")
+            time.sleep(POLL_S)
 
 
 def send(group: WeightGroup, specs: Sequence[TensorSpec], tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -164,6 +174,12 @@ def own_address(towards: str, port: int) -> str:
     with socket.socket(socket.AF_INET6 if ":" in towards else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((towards, port))
         return str(probe.getsockname()[0])
+
+
+def _join_store(meeting: Meeting) -> Any:
+    module: Any = dist
+    timeout = timedelta(seconds=meeting.timeout_s)
+    return module.PrefixStore(meeting.key, module.TCPStore(meeting.address, meeting.port, is_master=False, timeout=timeout))
 
 
 def _make_group(meeting: Meeting, store: Any, rank: int, device: torch.device) -> Any:

@@ -26,8 +26,9 @@ from learners.critic import Critic
 from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals
 from learners.random_state import random_state, set_random_state
+from learners.sending import HeldVersion
 from learners.trained_model import Output, TrainedModel
-from learners.weights import full_state_dict, snapshot
+from learners.weights import full_state_dict, held_version, snapshot
 
 
 class Learner:
@@ -78,6 +79,11 @@ class Learner:
         """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0."""
         parts = published(model_of(self._policy.engine), self._config.learner.lora)
         return snapshot(parts, self._empty_manifest(version), dtype=self._config.generator.dtype, keep=dist.get_rank() == 0)
+
+    def hold(self, version: int, device: torch.device) -> HeldVersion | None:
+        """The same as tensors on one device, all at once; None on ranks other than 0."""
+        parts, dtype = published(model_of(self._policy.engine), self._config.learner.lora), self._config.generator.dtype
+        return held_version(parts, self._empty_manifest(version), dtype=dtype, device=device, keep=dist.get_rank() == 0)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy, adapters merged, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""

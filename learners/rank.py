@@ -33,15 +33,7 @@ class LearnerRank:
 
     def rendezvous(self) -> tuple[str, int]:
         """Open the store at which the ranks meet, on rank 0: its address and port. Bound before anybody is told, so never taken."""
-        import ray
-        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation
-
-        address = ray.util.get_node_ip_address()
-        listener = socket.socket()
-        listener.bind((address, 0))
-        listener.listen()
-        port = int(listener.getsockname()[1])
-        self._store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        address, port, self._store = open_store()
         return address, port
 
     def join(self, address: str, port: int, checkpoint: str | None = None) -> int:
@@ -87,3 +79,16 @@ class LearnerRank:
     def _joined(self) -> "Learner":
         assert self._learner is not None, "join() must come before any other call"
         return self._learner
+
+
+def open_store() -> tuple[str, int, object]:
+    """A store at which processes meet, on a free port of the node's cluster address: address, port, and what keeps it open."""
+    import ray
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation
+
+    address = ray.util.get_node_ip_address()
+    listener = socket.socket()
+    listener.bind((address, 0))
+    listener.listen()
+    port = int(listener.getsockname()[1])
+    return address, port, TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -1,14 +1,17 @@
 """Gather the policy from its ranks, adapters merged: under ZeRO-3 every rank holds a part of every parameter."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
 from async_rlhf.adapters import Part, plain_parts
-from async_rlhf.snapshot import make_buckets
-from async_rlhf.types import WeightsManifest, WeightsVersion
+from async_rlhf.snapshot import DTYPES, make_buckets
+from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
+from async_rlhf.weight_group import tensor_checksum
+from learners.sending import HeldVersion
 
 GATHER_BYTES = 64 << 20
 """Partitioned parameters are gathered in lots of this size, so that memory stays bounded."""
@@ -25,6 +28,17 @@ def snapshot(parts: Iterable[Part], empty: WeightsManifest, *, dtype: str, keep:
         return
     for _ in gathered(parts):
         pass
+
+
+def held_version(parts: Iterable[Part], empty: WeightsManifest, *, dtype: str, device: torch.device, keep: bool) -> HeldVersion | None:
+    """The same as tensors on `device`, with checksums that are computed there; None where `keep` is False."""
+    tensors: list[Tensor] = []
+    specs: list[TensorSpec] = []
+    for name, tensor in gathered(parts):
+        if keep:
+            tensors.append(tensor.detach().to(device=device, dtype=DTYPES[dtype], copy=True).contiguous())
+            specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, checksum=tensor_checksum(tensors[-1])))
+    return HeldVersion(manifest=replace(empty, tensors=tuple(specs)), tensors=tensors) if keep else None
 
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

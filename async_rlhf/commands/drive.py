@@ -123,8 +123,10 @@ def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watc
     from actors.run import Run
     from learners.group import LearnerGroup
     from learners.rank import LearnerRank
+    from learners.sending import SendingRank
 
-    run = Run(plan, cluster, LearnerParts(rank_class=LearnerRank, make_group=LearnerGroup), watcher, accounts)
+    rank_class = SendingRank if plan.config.weights.by_group else LearnerRank
+    run = Run(plan, cluster, LearnerParts(rank_class=rank_class, make_group=LearnerGroup), watcher, accounts)
     asyncio.run(_with_signals(run, plan))
 
 

@@ -12,6 +12,7 @@ from async_rlhf.config.fields import named_section
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.config.schema import Config
+from async_rlhf.config.transports import transport_contradictions
 from async_rlhf.errors import ConfigError
 
 _LIMITS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
@@ -74,6 +75,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _prompt_contradictions(config)
     yield from _reward_contradictions(config)
     yield from _placement_contradictions(config)
+    yield from transport_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
             "deterministic: true needs max_staleness 0 and queue.order ticket, got "

@@ -127,13 +127,22 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    transport: Literal["object_store"] = "object_store"
+    transport: Literal["object_store", "nccl", "gloo"] = "object_store"
+    """`object_store`: through Ray's shared memory; `nccl`: from the learner's GPU to the generators' GPUs; `gloo`: the same between
+    processes on CPUs."""
+    held_on: Literal["gpu", "cpu"] = "gpu"
+    """Where the learner's rank 0 holds the version that it sends by nccl; `cpu` when its GPU has no room for a second copy."""
     on_update: Literal["keep", "drain"] = "keep"
     """`keep`: running requests go on under the new weights; `drain`: they finish first."""
     verify: bool = True
     """Checksums, and the canary after every install."""
     canary_tolerance: float = number(0.0, ge=0.0, le=10.0)
     """Allowed canary error in nats; 0: from the engine's own baseline, measured at its start."""
+
+    @property
+    def by_group(self) -> bool:
+        """Whether the learner sends to each generator through a group of processes."""
+        return self.transport != "object_store"
 
 
 @dataclass(frozen=True)

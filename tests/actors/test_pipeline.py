@@ -17,6 +17,7 @@ from actors.pipeline import produce, train
 from actors.remote import resolve, within
 from actors.replay_queue import Booked, Fact, HolderGone, Installed, NextBatch, ReplayQueue, ScoringFailed, WithScorer
 from actors.supervision import Member, Supervisor, guarded
+from actors.transport import ByReference
 from actors.weight_broadcaster import Offer, WeightBroadcaster
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import (
@@ -275,6 +276,7 @@ class Stage:
         self.scorers = list(scorers) or [FakeScorer()]
         make_queue: Make = self.queue if callable(self.queue) else lambda name: self.queue
         self.crew = Crew(
+            transport=ByReference(self.config),
             supervisor=self.supervisor,
             generators=[self._member(f"generator-{index}", generator) for index in range(num_generators)],
             scorers=[self._member(f"scorer-{index}", lambda name, scorer=scorer: scorer) for index, scorer in enumerate(self.scorers)],

@@ -15,12 +15,12 @@ import actors.generator
 from actors.canary import (
     canary_error,
     check_manifest,
-    check_room,
     check_tensors,
     perturbed,
     shapes_of_folder,
     shapes_of_versions,
     tolerance_of,
+    versions_with_room,
 )
 from actors.generator import Generator
 from async_rlhf.config import load_config
@@ -306,13 +306,16 @@ def test_without_verification_nothing_is_scored(tmp_path: Path, monkeypatch: pyt
     generator.close()
 
 
-@pytest.mark.parametrize(("dtype", "fits"), [("float32", False), ("bfloat16", True)])
-def test_two_versions_that_would_fill_the_object_store_are_refused_with_the_numbers(dtype: str, fits: bool) -> None:
-    """2 versions x (1024 x 1024 + 1024 x 1024) x 4 bytes = 16 MiB, of which 80 % of 16 MiB holds 12.8; in bfloat16 8 MiB fit."""
+@pytest.mark.parametrize(
+    ("dtype", "store_mib", "expected"), [("float32", 16, 1), ("bfloat16", 16, 2), ("float32", 1024, 2), ("float32", 10, 1)]
+)
+def test_as_many_versions_are_kept_as_the_object_store_has_room_for(dtype: str, store_mib: int, expected: int) -> None:
+    """A version is (1024 x 1024 + 1024 x 1024) x 4 bytes = 8 MiB: 80 % of 16 MiB is 12.8, so one; in bfloat16 it is 4 MiB, so two."""
     shapes = {"a": (1024, 1024), "b": (1024, 1024)}
 
-    if fits:
-        check_room(shapes, dtype, 2, 16 * 2**20)
-    else:
-        with pytest.raises(ConfigError, match=r"2 versions of the weights take 16 MiB.*80% of .* 16 MiB; raise run\.object_store_mib"):
-            check_room(shapes, dtype, 2, 16 * 2**20)
+    assert versions_with_room(shapes, dtype, 2, store_mib * 2**20) == expected
+
+
+def test_a_version_that_would_fill_the_object_store_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"one version of the weights takes 4 MiB.*80% of .* 4 MiB; raise run\.object_store_mib"):
+        versions_with_room({"a": (1024, 1024)}, "float32", 2, 4 * 2**20)
