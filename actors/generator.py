@@ -4,7 +4,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_versions, tolerance_of
@@ -104,11 +104,11 @@ class Generator:
             check_manifest(weights.manifest, self._expected_shapes)
             check_tensors(weights)
         drain = self._config.weights.on_update == "drain"
-        pause_s, error = self._loop.call(
+        report = self._loop.call(
             lambda engine: self._load(engine, weights.manifest, lambda noise: engine.load(perturbed(weights) if noise else weights)),
             when_idle=drain,
         ).result()
-        return InstallReport(version=weights.manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
+        return replace(report, install_s=time.perf_counter() - started)
 
     def evaluate(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
         """One completion of each prompt (temperature 0: greedy), sampled in the same engine as everything else; may be called by several.
@@ -141,15 +141,15 @@ class Generator:
         """End the engine's thread and free its memory."""
         self._loop.close()
 
-    def _load(self, engine: Engine, manifest: WeightsManifest, load: Load) -> tuple[float, float]:
-        """On the loop's thread. Returns seconds of pause, canary error in nats."""
+    def _load(self, engine: Engine, manifest: WeightsManifest, load: Load) -> InstallReport:
+        """On the loop's thread; install_s, which began before, is left at 0."""
         if self._config.weights.verify and self._tolerance is None:
             self._tolerance = self._prove_canary(engine, manifest, load)
         started = time.perf_counter()
         load(False)
         pause_s = time.perf_counter() - started
         if not self._config.weights.verify:
-            return pause_s, 0.0
+            return InstallReport(version=manifest.version, install_s=0.0, pause_s=pause_s, canary_error=0.0, canary_s=0.0)
         error = canary_error(manifest, engine.score(manifest.canary_ids))
         assert self._tolerance is not None
         if not error <= self._tolerance:
@@ -157,7 +157,8 @@ class Generator:
                 f"{self._incarnation}: after installing version {manifest.version} the canary's log-probabilities differ "
                 f"from the learner's by {error:.3g} nats, allowed {self._tolerance:.3g}; the engine samples from other weights"
             )
-        return pause_s, error
+        canary_s = time.perf_counter() - started - pause_s
+        return InstallReport(version=manifest.version, install_s=0.0, pause_s=pause_s, canary_error=error, canary_s=canary_s)
 
     def _prove_canary(self, engine: Engine, manifest: WeightsManifest, load: Load) -> float:
         """Measure the engine's own error, and show that the canary notices wrong weights. Returns the tolerance, nats."""

@@ -1,6 +1,7 @@
 """A generator whose weights come straight from the learner's rank 0, through a group of processes of their own."""
 
 import time
+from dataclasses import replace
 from typing import cast
 
 from actors.canary import check_manifest
@@ -47,7 +48,7 @@ class ReceivingGenerator(Generator):
         manifest = self._prepared
         assert self._met and manifest is not None, "meet() and prepare() come before receive()"
         started = time.perf_counter()
-        pause_s, error = self._loop.call(
+        report = self._loop.call(
             lambda engine: self._load(engine, manifest, lambda noise: cast(ReceivingEngine, engine).receive(manifest, noise))
         ).result()
-        return InstallReport(version=manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
+        return replace(report, install_s=time.perf_counter() - started)

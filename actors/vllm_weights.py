@@ -1,4 +1,4 @@
-"""All calls into vLLM's update API, which changes between releases; tests/unit/test_vllm_api.py fails when it does.
+"""All calls into vLLM's update API, which changes between releases; tests/actors/test_vllm_api.py fails when it does.
 
 Three ways into the workers, one way to load. A version comes as arrays (the only worker is this process), as a file without a name
 (the workers are processes of their own, and read it from the memory of this node), or through a group of processes, straight from

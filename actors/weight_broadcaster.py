@@ -30,6 +30,8 @@ class Published:
     """Of the weights: equal digests, equal weights."""
     canary_logprobs: tuple[float, ...]
     """The learner's, nats: nearly equal weights have nearly equal ones."""
+    gather_s: float = 0.0
+    """Part of `export_s`: the snapshot, in rank 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +71,12 @@ class WeightBroadcaster:
         for old in sorted(self._versions)[: len(self._versions) + 1 - self._num_kept]:
             if old < version:
                 del self._versions[old]
-        pulls = [rank.stream("snapshot", version, look=_manifest_of, timeout_s=self._timeout_s) for rank in ranks]
+        pulls = [rank.stream("snapshot", version, look=_facts_of, timeout_s=self._timeout_s) for rank in ranks]
         try:
             buckets = (await asyncio.gather(*pulls))[0]
         except (ActorLostError, ActorFailedError, DeadlineError) as error:
             raise LearnerLostError(f"weights version {version} could not be pulled: {error}") from error
-        manifest = WeightsManifest.of([of_bucket for _, of_bucket in buckets])
+        manifest = WeightsManifest.of([of_bucket.manifest for _, of_bucket in buckets])
         async with self._changed:
             if version >= max(self._versions, default=0):
                 self._versions[version] = [reference for reference, _ in buckets]
@@ -86,6 +88,7 @@ class WeightBroadcaster:
             export_s=time.perf_counter() - started,
             digest=manifest.digest,
             canary_logprobs=manifest.canary_logprobs,
+            gather_s=sum(of_bucket.gather_s for _, of_bucket in buckets),
         )
 
     async def newer_than(self, version: int, wait_s: float) -> Offer | None:
@@ -99,5 +102,5 @@ class WeightBroadcaster:
             return Offer(version=newest, buckets=list(self._versions[newest]))
 
 
-def _manifest_of(bucket: WeightsVersion) -> WeightsManifest:
-    return bucket.manifest
+def _facts_of(bucket: WeightsVersion) -> WeightsVersion:
+    return WeightsVersion(manifest=bucket.manifest, tensors={}, gather_s=bucket.gather_s)

@@ -84,8 +84,12 @@ class WeightGroup:
             TransferError: a member died, or the deadline passed, or somebody aborted. The group is of no more use.
         """
         self._ends = time.monotonic() + self._meeting.timeout_s
+        group = self._group
+        if group is None:
+            raise TransferError(f"the transfer of {what} was given up")
         try:
-            work = self._group.broadcast([tensor], dist.BroadcastOptions())  # pyright: ignore[reportPrivateImportUsage]
+            work = group.broadcast([tensor], dist.BroadcastOptions())  # pyright: ignore[reportPrivateImportUsage]
+            del group  # whoever aborts must hold the last reference
             self._until(work.is_completed, what)
             work.wait()
         except TransferError:
@@ -96,7 +100,9 @@ class WeightGroup:
     def abort(self) -> None:
         """End whatever goes on, and the group."""
         self._aborted.set()
-        self._group.abort()
+        grave, self._group = [self._group], None
+        # A thread of its own: gloo cannot be interrupted, and its end would wait for what it is at, up to the deadline.
+        threading.Thread(target=_bury, args=(grave,), daemon=True).start()
 
     def _until(self, through: Callable[[], bool], what: str) -> None:
         while not through():
@@ -195,6 +201,12 @@ def _make_group(meeting: Meeting, store: Any, rank: int, device: torch.device) -
     options = module.ProcessGroupNCCL.Options()
     options._timeout = backstop
     return module.ProcessGroupNCCL(store, rank, meeting.world_size, options)
+
+
+def _bury(grave: list[Any]) -> None:
+    group = grave.pop()
+    if group is not None:
+        group.abort()
 
 
 def _parts(buffer: Tensor, lot: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, Tensor]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals
 from learners.random_state import random_state, set_random_state
 from learners.sending import HeldVersion
+from learners.stopwatch import Stopwatch
 from learners.trained_model import Output, TrainedModel
 from learners.weights import full_state_dict, held_version, snapshot
 
@@ -43,8 +44,10 @@ class Learner:
         scorer = make_scorer(model_folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
         add_adapters(scorer.model, settings.lora, config.seed)
         engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
-        self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate")
-        self._critic = None if self._objective.critic is None else Critic(config, model_folder, self._objective.critic)
+        self._stopwatch = Stopwatch()
+        self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate", self._stopwatch)
+        critic = self._objective.critic
+        self._critic = None if critic is None else Critic(config, model_folder, critic, self._stopwatch)
         self._models = {"policy": self._policy} if self._critic is None else {"policy": self._policy, "critic": self._critic.model}
         self._optimizer_steps = 0
         self._writer = CheckpointWriter()
@@ -59,9 +62,11 @@ class Learner:
             The report of version update + 1; its metrics are global and equal on all ranks.
         """
         started = time.perf_counter()
+        self._stopwatch.start()
         units = [[unit for unit in map(self._objective.select, groups) if unit] for groups in minibatches]
         counts = [self._count(of_minibatch, len(groups)) for of_minibatch, groups in zip(units, minibatches, strict=True)]
         units, steps = self._prepare(units)
+        self._stopwatch.lap("train/prepare_s")
         num_tokens = 0.0
         for _ in range(self._config.algorithm.epochs_per_batch):
             for of_minibatch, (totals, tokens) in zip(units, counts, strict=True):
@@ -73,12 +78,16 @@ class Learner:
             num_tokens=int(num_tokens),
             train_s=time.perf_counter() - started,
             metrics=derive(over_steps(steps)),
+            parts_s=self._stopwatch.laps,
         )
 
     def snapshot(self, version: int) -> Iterator[WeightsVersion]:
         """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0."""
-        parts = published(model_of(self._policy.engine), self._config.learner.lora)
-        return snapshot(parts, self._empty_manifest(version), dtype=self._config.generator.dtype, keep=dist.get_rank() == 0)
+        started, parts = time.perf_counter(), published(model_of(self._policy.engine), self._config.learner.lora)
+        empty, dtype = self._empty_manifest(version), self._config.generator.dtype
+        for bucket in snapshot(parts, empty, dtype=dtype, keep=dist.get_rank() == 0):
+            yield replace(bucket, gather_s=time.perf_counter() - started)
+            started = time.perf_counter()
 
     def hold(self, version: int, device: torch.device) -> HeldVersion | None:
         """The same as tensors on one device, all at once; None on ranks other than 0."""

@@ -1,6 +1,7 @@
 """Rank 0's end of the groups through which weights reach the generators: it sends what it held back, while the learner trains on."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class SendingRank(LearnerRank):
         """Hold the version; yields its manifest alone. The one before is let go first, unless it is being sent."""
         import torch
 
-        on_gpu = torch.cuda.is_available()
+        started, on_gpu = time.perf_counter(), torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         if self._sender is None:
             backend: Literal["nccl", "gloo"] = "nccl" if self._config.weights.transport == "nccl" else "gloo"
@@ -134,7 +135,7 @@ class SendingRank(LearnerRank):
             torch.cuda.synchronize()  # the thread that sends does not wait for this one's stream
         self._sender.hold(held)
         if held is not None:
-            yield WeightsVersion(manifest=held.manifest, tensors={})
+            yield WeightsVersion(manifest=held.manifest, tensors={}, gather_s=time.perf_counter() - started)
 
     def pin(self, generator: str, version: int) -> bool:
         """See Sender."""

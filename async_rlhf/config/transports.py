@@ -20,7 +20,7 @@ def transport_contradictions(config: Config) -> Iterator[str]:
             f"and they are small); set learner.lora.publish=merged, {_INSTEAD}"
         )
     if config.weights.on_update == "drain":
-        yield f"weights.transport {transport} replaces weights under running requests, got weights.on_update drain; set it to keep, {_INSTEAD}"
+        yield f"weights.transport {transport} waits for no request, got weights.on_update drain; set weights.on_update=keep, {_INSTEAD}"
     if transport == "nccl" and min(generator.num_gpus, learner.num_gpus) < 1:
         yield (
             "weights.transport nccl needs whole GPUs on both sides, since two members of an NCCL group cannot share one, got "
