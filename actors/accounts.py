@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
+from actors.meters import Readings
+from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, rates, train_rates, weight_rates
 from async_rlhf.config import Config
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
@@ -13,8 +15,6 @@ from async_rlhf.tickets import QueueCounters
 
 if TYPE_CHECKING:
     from actors.crew import UpdateRecord
-
-Row = dict[str, float]
 
 
 @dataclass
@@ -37,8 +37,9 @@ class Accounts:
     train_s: float = 0.0
     reward_mean: float | None = None
     best_reward_mean: float | None = None
-    first_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
-    last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    first: Counted = field(default_factory=Counted)
+    last: Counted = field(default_factory=Counted)
+    """At the start, and at the last update."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -48,10 +49,10 @@ class Accounts:
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
     checkpoint: int | None = None
 
-    def begin(self, usage: Mapping[str, EngineUsage]) -> None:
+    def begin(self, usage: Mapping[str, EngineUsage], readings: Readings | None = None) -> None:
         """The first ticket is about to go out: shares and rates count from here."""
         self.started_s = self.last_s = time.perf_counter()
-        self.first_usage = self.last_usage = dict(usage)
+        self.first = self.last = Counted(usage=dict(usage), readings=readings or Readings())
 
     def restore(self, state: TrainingState) -> None:
         """Go back, or ahead, to what was booked at `state`; the clock goes on."""
@@ -82,7 +83,7 @@ class Accounts:
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.score_moments = summary.moments
-        self.last_s, self.last_usage = now, dict(record.usage)
+        self.last_s, self.last = now, Counted(usage=dict(record.usage), readings=record.readings)
         self.count(counters)
         self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
         return row
@@ -134,15 +135,15 @@ class Accounts:
     @property
     def generator_idle_share(self) -> float:
         """Share of the time from the first ticket to the last update that the generators did not spend in engine steps."""
-        return _idle(self.first_usage, self.last_usage, (self.last_s - self.started_s) * self.config.generator.count)
+        return idle_share(self.first.usage, self.last.usage, self._there(self.last_s - self.started_s).generators)
 
     @property
     def learner_idle_share(self) -> float:
         """Share of the same time in which the learner did not train."""
-        return _clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
+        return clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
 
     def _row(self, record: "UpdateRecord", *, elapsed_s: float, now: float) -> Row:
-        summary, report, installs = record.summary, record.reports[0], record.installs
+        summary, report, counters = record.summary, record.reports[0], record.counters
         steps_per_update = report.optimizer_steps / (self.updates + 1)
         return {
             "update": summary.update,
@@ -152,29 +153,20 @@ class Accounts:
             **summary.metrics,
             **report.metrics,
             "queue/staleness_optimizer_steps_mean": summary.metrics["queue/staleness_mean"] * steps_per_update,
-            "queue/depth_groups": record.counters.waiting,
+            "queue/depth_groups": counters.waiting,
+            "queue/leased_groups": counters.leased,
+            "queue/scoring_groups": counters.scoring,
             "queue/wait_s": record.wait_s,
-            "train/step_s": record.train_s,
-            "train/tokens_per_s": report.num_tokens / record.train_s,
-            "train/idle_share": _clip(1 - record.train_s / elapsed_s),
-            "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
-            "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s * self.config.generator.count),
-            "weights/export_s": record.published.export_s,
-            "weights/install_s": max((install.install_s for install in installs.values()), default=0.0),
-            "weights/canary_error_nats": max((install.canary_error for install in installs.values()), default=0.0),
+            **rates(self.last, Counted(usage=record.usage, readings=record.readings), elapsed_s, self._there(elapsed_s)),
+            **train_rates(record, elapsed_s),
+            **weight_rates(record),
+            "time/update_s": elapsed_s,
             "supervision/restarts": sum(self.restarts.values()),
         }
 
-
-def _tokens(usage: Mapping[str, EngineUsage]) -> int:
-    return sum(of_one.num_tokens for of_one in usage.values())
-
-
-def _idle(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage], engine_s: float) -> float:
-    """Share of `engine_s`, seconds of all engines together, in which they did not step."""
-    busy_s = sum(usage.busy_s for usage in after.values()) - sum(usage.busy_s for usage in before.values())
-    return _clip(1 - busy_s / max(engine_s, 1e-9))
-
-
-def _clip(share: float) -> float:
-    return min(1.0, max(0.0, share))
+    def _there(self, seconds: float) -> WorkerSeconds:
+        """What the workers could have worked in the last `seconds`."""
+        config = self.config
+        return WorkerSeconds(
+            generators=seconds * config.generator.count, scorers=seconds * config.scorer.count, rewards=seconds * config.reward.count
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
+from actors.meters import Meters, Readings
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
 from actors.supervision import Member, Supervisor
@@ -36,6 +37,7 @@ class Crew:
     installed: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified of each install."""
     gate: InstallGate = field(default_factory=InstallGate)
+    meters: Meters = field(default_factory=Meters)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,6 +78,10 @@ class UpdateRecord:
     """Per incarnation of a generator, cumulative."""
     installs: Mapping[str, InstallReport]
     """The last one of each living generator."""
+    take_s: float = 0.0
+    """From the decision until the ranks begin: the shards are made, and move to them."""
+    readings: Readings = field(default_factory=Readings)
+    """Of the meters, cumulative."""
 
     @property
     def counters(self) -> QueueCounters:

@@ -25,11 +25,12 @@ Groups and batches travel as object references: they go from process to process 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from actors.crew import Crew, UpdateRecord
 from actors.generator import Collected
+from actors.meters import Meter
 from actors.remote import RemoteActor, resolve
 from actors.replay_queue import HolderGone, Installed, NextBatch, ScoringFailed, WithScorer
 from actors.supervision import BROKEN, LOST, Member, guarded
@@ -103,6 +104,7 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
         limit = config.timeouts.call_s
         shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
         reports = await crew.learner.train_step(version, shards)
+        trained = time.perf_counter()
         published = await crew.publish(version + 1, config)
         booked = await crew.queue.call("trained", version, published.digest, published.canary_logprobs, timeout_s=limit)
         await on_update(
@@ -114,6 +116,8 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 published=published,
                 usage=dict(crew.usage),
                 installs=dict(crew.installs),
+                take_s=max(0.0, trained - taken - max(report.train_s for report in reports)),
+                readings=crew.meters.readings,
             )
         )
         version += 1
@@ -163,9 +167,10 @@ async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> 
     while True:
         await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
         wanted, request = capacity - flow.inflight, request + 1
-        tickets: list[Ticket] | None = await crew.queue.call(
-            "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
-        )
+        with crew.meters.tickets.working():
+            tickets: list[Ticket] | None = await crew.queue.call(
+                "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
+            )
         if tickets is None:
             await flow.change(closed=True)
         elif tickets:
@@ -183,6 +188,7 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
         collected: Collected = await resolve(summary_ref, edge=f"{actor.name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
         crew.usage[actor.name] = collected.usage
         if collected.tickets:
+            crew.meters.generate.through(len(collected.tickets))
             scoring.create_task(_score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
             await flow.change(-len(collected.tickets))
             silent_s = 0.0
@@ -203,6 +209,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
         if offer is None:
             continue
         await crew.gate.passed(offer.version)
+        asked = time.perf_counter()
         try:
             report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
@@ -211,7 +218,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
         await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
         await flow.change(installed=report.version)
         async with crew.installed:
-            crew.installs[actor.name] = report
+            crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
             crew.installed.notify_all()
 
 
@@ -219,9 +226,11 @@ async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config:
     """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
     await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
     if not await _try_score(groups_ref, None, crew, config):
+        crew.meters.score.through(len(tickets))
         return
     for index, ticket in enumerate(tickets):
         reason = await _try_score(groups_ref, index, crew, config)
+        crew.meters.score.through(0 if reason else 1)
         if reason:
             await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
 
@@ -231,11 +240,11 @@ async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Conf
     limit = config.timeouts.score_s
     rating: tuple[Any, ...] = ()
     if crew.rewards:
-        rated, why = await _by_one_of(crew.idle_rewards, "rate", (groups_ref, only), limit)
+        rated, why = await _by_one_of(crew.idle_rewards, crew.meters.reward, "rate", (groups_ref, only), limit)
         if why:
             return why
         rating = (rated,)
-    scored_ref, why = await _by_one_of(crew.idle_scorers, "score", (groups_ref, only, *rating), limit)
+    scored_ref, why = await _by_one_of(crew.idle_scorers, crew.meters.score, "score", (groups_ref, only, *rating), limit)
     if why:
         return why
     try:
@@ -245,7 +254,7 @@ async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Conf
     return ""
 
 
-async def _by_one_of(idle: "asyncio.Queue[Member]", method: str, args: Sequence[Any], limit_s: float) -> tuple[Any, str]:
+async def _by_one_of(idle: "asyncio.Queue[Member]", meter: Meter, method: str, args: Sequence[Any], limit_s: float) -> tuple[Any, str]:
     """Have the first idle member do it: the reference of what it made, or why there is none.
 
     Raises:
@@ -254,7 +263,8 @@ async def _by_one_of(idle: "asyncio.Queue[Member]", method: str, args: Sequence[
     member = await idle.get()
     actor = member.actor
     try:
-        return await actor.fetch(method, *args, timeout_s=limit_s), ""
+        with meter.working():
+            return await actor.fetch(method, *args, timeout_s=limit_s), ""
     except LOST as error:
         await member.replace(actor, error)
         if isinstance(error, DeadlineError):

@@ -21,8 +21,8 @@ PLAIN_KEYS = {"update", "version", "optimizer_steps", "time_s"}
 
 
 INSTALLS = {
-    "generator-0.0": InstallReport(version=1, install_s=0.2, pause_s=0.1, canary_error=1e-5),
-    "generator-1.0": InstallReport(version=0, install_s=0.4, pause_s=0.1, canary_error=3e-5),
+    "generator-0.0": InstallReport(version=1, install_s=0.2, pause_s=0.1, canary_error=1e-5, canary_s=0.02),
+    "generator-1.0": InstallReport(version=0, install_s=0.4, pause_s=0.1, canary_error=3e-5, transfer_s=0.3),
 }
 
 
@@ -40,7 +40,9 @@ def make_record(
         num_tokens=200,
         train_s=train_s,
         metrics={"train/loss": 0.25, "correction/ess_share": 0.5},
+        parts_s={"train/forward_backward_s": 0.4, "train/optimizer_s": 0.05},
     )
+    slower = replace(report, train_s=train_s / 2, parts_s={"train/forward_backward_s": 0.1, "train/optimizer_s": 0.07})
     counters = QueueCounters(
         issued=9,
         leased=2,
@@ -57,12 +59,13 @@ def make_record(
     )
     return UpdateRecord(
         summary=summarize(Batch(update=update, groups=groups), []),
-        reports=[report, report],
+        reports=[report, slower],
         booked=Booked(counters=counters, replay_error_nats=0.0),
         wait_s=0.125,
-        published=Published(version=update + 1, export_s=0.0625, digest=7, canary_logprobs=(-1.0,)),
+        published=Published(version=update + 1, export_s=0.0625, digest=7, canary_logprobs=(-1.0,), gather_s=0.05),
         usage=busy,
         installs=INSTALLS,
+        take_s=0.015,
     )
 
 
@@ -112,7 +115,17 @@ def test_a_row_by_hand():
         "queue/staleness_mean": 2.0,
         "queue/staleness_optimizer_steps_mean": 6.0,
         "queue/depth_groups": 3,
+        "queue/leased_groups": 2,
+        "queue/scoring_groups": 1,
         "queue/wait_s": 0.125,
+        "train/take_s": 0.015,
+        "train/forward_backward_s": 0.4,
+        "train/optimizer_s": 0.07,
+        "time/update_s": 4.0,
+        "weights/gather_s": 0.05,
+        "weights/transfer_s": 0.3,
+        "weights/pause_s": 0.1,
+        "weights/canary_s": 0.02,
         "weights/export_s": 0.0625,
         "weights/install_s": 0.4,
         "weights/canary_error_nats": 3e-5,
