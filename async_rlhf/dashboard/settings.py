@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from async_rlhf.dashboard.reading import number, read_text
 from async_rlhf.recorder import HIDDEN, is_secret
@@ -10,13 +10,14 @@ from async_rlhf.recorder import HIDDEN, is_secret
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SETTINGS = 5000
 """Also limits what YAML's aliases may unfold to."""
+MAX_DEPTH, MAX_KEY = 8, 300
 
 Settings = Mapping[str, object]
 """Dotted key -> text, number, bool, None, or a list of such."""
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings in the folder's config.yaml; none where there is no such file, or one that is no YAML."""
+    """The settings in the folder's config.yaml; none where there is no such file, or one that no run wrote."""
     import yaml
 
     written = read_text(folder, "config.yaml", MAX_CONFIG_BYTES)
@@ -27,8 +28,7 @@ def read_settings(folder: Path) -> Settings:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     flat: dict[str, object] = {}
-    _flatten("", loaded, flat, [MAX_SETTINGS])
-    return flat
+    return flat if isinstance(loaded, dict) and _flatten("", loaded, flat, MAX_SETTINGS) >= 0 else {}
 
 
 def setting(settings: Settings, key: str, default: float) -> float:
@@ -48,20 +48,20 @@ def differing(runs: Mapping[str, Settings]) -> dict[str, dict[str, object]]:
     }
 
 
-def _flatten(prefix: str, value: object, flat: dict[str, object], left: list[int]) -> None:
-    left[0] -= 1
-    if left[0] < 0:
-        return
+def _flatten(prefix: str, value: object, flat: dict[str, object], left: int) -> int:
+    """Returns how many more values there may be; negative: there were too many, or too deep."""
     if isinstance(value, dict) and value:
-        for name, of in cast("dict[object, Any]", value).items():
-            if left[0] < 0:
-                return
-            _flatten(f"{prefix}.{name}" if prefix else str(name)[:200], of, flat, left)
-    elif isinstance(value, str | int | float | bool | None):
-        hidden = prefix.startswith("env.") and is_secret(prefix)
-        flat[prefix] = HIDDEN if hidden else value
+        for name, of in cast("dict[object, object]", value).items():
+            key = f"{prefix}.{name}" if prefix else str(name)
+            left = _flatten(key, of, flat, left - 1) if left > 0 and len(key) <= MAX_KEY and key.count(".") <= MAX_DEPTH else -1
+            if left < 0:
+                return left
+        return left
+    if isinstance(value, str | int | float | bool | None):
+        flat[prefix] = HIDDEN if prefix.startswith("env.") and is_secret(prefix) else value
     else:
         flat[prefix] = _short(value)
+    return left
 
 
 def _short(value: object) -> str:

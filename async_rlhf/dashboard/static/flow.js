@@ -3,28 +3,28 @@
 import { el, put, svg } from "./dom.js";
 import { ABSENT, num, rate, seconds, share, whole } from "./format.js";
 
-const WIDE = { width: 1220, height: 326 }, NARROW = { width: 340, height: 892 };
+const WIDE = { width: 1220, height: 288 }, NARROW = { width: 340, height: 896 };
 // Boxes as [x, y, width, height]; arrows as [path, [x, y, degrees] of the head, [x, y, anchor] of the label].
 const PLACES = {
   wide: {
-    prompts: [0, 34, 128, 118], generators: [226, 34, 190, 118], scorers: [514, 34, 150, 118], queue: [742, 34, 220, 118], learner: [1044, 34, 176, 118],
-    broadcaster: [514, 232, 448, 76],
+    prompts: [0, 30, 128, 128], generators: [226, 30, 190, 128], scorers: [514, 30, 150, 128], queue: [742, 30, 220, 128], learner: [1044, 30, 176, 128],
+    broadcaster: [514, 222, 448, 60],
     tickets: ["M128 93H216", [216, 93, 0], [173, 80, "middle"]],
     sampled: ["M416 93H504", [504, 93, 0], [461, 80, "middle"]],
     scored: ["M664 93H732", [732, 93, 0], [699, 80, "middle"]],
     batches: ["M962 93H1034", [1034, 93, 0], [999, 80, "middle"]],
-    trained: ["M1132 152V270H972", [972, 270, 180], [1120, 222, "end"]],
-    installed: ["M514 270H321V162", [321, 162, 270], [333, 222, "start"]],
+    trained: ["M1132 158V252H972", [972, 252, 180], [1120, 208, "end"]],
+    installed: ["M514 252H321V168", [321, 168, 270], [333, 208, "start"]],
   },
   narrow: {
-    prompts: [60, 8, 260, 72], generators: [60, 138, 260, 112], scorers: [60, 308, 260, 112], queue: [60, 478, 260, 118], learner: [60, 654, 260, 112],
-    broadcaster: [60, 824, 260, 60],
+    prompts: [60, 8, 260, 72], generators: [60, 138, 260, 112], scorers: [60, 308, 260, 112], queue: [60, 478, 260, 124], learner: [60, 660, 260, 112],
+    broadcaster: [60, 830, 260, 60],
     tickets: ["M190 80V128", [190, 128, 90], [202, 112, "start"]],
     sampled: ["M190 250V298", [190, 298, 90], [202, 274, "start"]],
     scored: ["M190 420V468", [190, 468, 90], [202, 452, "start"]],
-    batches: ["M190 596V644", [190, 644, 90], [202, 620, "start"]],
-    trained: ["M190 766V814", [190, 814, 90], [202, 790, "start"]],
-    installed: ["M60 854H24V194H50", [50, 194, 0], [34, 788, "start"]],
+    batches: ["M190 602V650", [190, 650, 90], [202, 626, "start"]],
+    trained: ["M190 772V820", [190, 820, 90], [202, 796, "start"]],
+    installed: ["M60 860H24V194H50", [50, 194, 0], [34, 826, "start"]],
   },
 };
 
@@ -43,7 +43,7 @@ function picture(run, narrow) {
   const box = (name, title, lines, idle = undefined) => boxOf(at[name], title, lines, idle, run.bottleneck === name);
   const arrow = (name, ...labels) => arrowOf(at[name], labels, live);
   const stages = [
-    box("prompts", "Prompts", [`${whole(run.numbers.prompts)} trained`, narrow ? null : "admitted within", narrow ? null : "the staleness bound"]),
+    box("prompts", "Prompts", [`${whole(run.numbers.prompts)} trained`]),
     box("generators", many("Generator", flow.generators, flow.engine), engineLines(means), busy("generate/idle_share")),
     box("scorers", many("Scorer", flow.scorers), [`${seconds(busy("score/latency_s"))} per call`, flow.rewards ? `${flow.rewards} reward actors` : "reward, reference"], busy("score/idle_share")),
     queueBox(at.queue, queue, run),
@@ -88,23 +88,23 @@ function idleBar(x, y, width, idle) {
 function queueBox([x, y, width, height], queue, run) {
   const inner = width - 24, parts = ["leased", "scoring", "waiting"];
   const live = parts.reduce((sum, place) => sum + queue[place], 0), bound = queue.bound ?? Math.max(live, 1);
-  const found = [], bar = y + 36;
+  const found = [], bar = y + 34;
   let from = x + 12;
   for (const place of parts) {
     const wide = Math.min(inner, (inner * queue[place]) / Math.max(bound, live, 1));
-    found.push(svg("rect", { class: place, x: from, y: bar, width: wide, height: 18 }));
+    found.push(svg("rect", { class: place, x: from, y: bar, width: wide, height: 16 }));
     from += wide;
   }
   parts.forEach((place, index) => {
     const left = x + 12 + (inner / 3) * index;
-    found.push(svg("rect", { class: place, x: left, y: y + 66, width: 8, height: 8, rx: 2 }), svg("text", { class: "dim", x: left + 12, y: y + 74 }, place), svg("text", { class: "strong", x: left, y: y + 94 }, queue.known ? whole(queue[place]) : ABSENT));
+    found.push(svg("rect", { class: place, x: left, y: y + 62, width: 8, height: 8, rx: 2 }), svg("text", { class: "dim", x: left + 12, y: y + 70 }, place), svg("text", { class: "strong", x: left, y: y + 88 }, queue.known ? whole(queue[place]) : ABSENT));
   });
   const mean = run.flow.means["queue/staleness_mean"] ?? null;
   return svg("g", {},
     svg("rect", { class: "box", x, y, width, height, rx: 10 }), svg("text", { class: "title", x: x + 12, y: y + 24 }, "Replay queue"),
     svg("text", { class: "dim", x: x + width - 12, y: y + 24, "text-anchor": "end" }, queue.known ? `${whole(live)} of ${whole(queue.bound)}` : ""),
-    svg("rect", { class: "track", x: x + 12, y: bar, width: inner, height: 18, rx: 3 }), ...found,
-    svg("text", { class: "dim", x: x + 12, y: y + height - 6 }, `staleness ${num(mean)}, bound ${num(run.max_staleness)}`));
+    svg("rect", { class: "track", x: x + 12, y: bar, width: inner, height: 16, rx: 3 }), ...found,
+    svg("text", { class: "dim", x: x + 12, y: y + height - 14 }, `staleness ${num(mean)}, bound ${num(run.max_staleness)}`));
 }
 
 function arrowOf([path, [headX, headY, degrees], [x, y, anchor]], labels, live) {
@@ -118,9 +118,9 @@ function arrowOf([path, [headX, headY, degrees], [x, y, anchor]], labels, live) 
   return svg("g", {}, svg("path", { class: `arrow${moving ? " moving" : ""}`, d: path }), head, ...told);
 }
 
-function caption({ flow, live, phase }) {
+function caption({ flow, live }) {
   const window = flow.updates ? `Rates are means over the last ${flow.updates} updates (${seconds(flow.window_s)}).` : "Rates come with the first updates.";
-  return el("p", { class: "note" }, `${live ? window : flow.updates ? `The run is ${phase}: ${window.replace("the last", "its last")}` : ""} The warmer a box, the more it idles.`);
+  return el("p", { class: "note" }, `${live ? window : flow.updates ? window.replace("the last", "its last") : ""} The warmer a box, the more it idles.`);
 }
 
 /** The picture for those who cannot see it. */

@@ -41,7 +41,7 @@ export function tiles(run) {
     tile("largest staleness", whole(numbers.staleness_max), `bound ${num(run.max_staleness)}`, over ? "bad" : ""),
     tile("prompts trained", whole(numbers.prompts), `${whole(numbers.completions)} completions`),
     tile("tokens trained", whole(numbers.tokens), `${num(run.row["rollout/length_tokens"])} per completion`),
-    tile("checkpoint", numbers.checkpoint === null ? "none" : `version ${whole(numbers.checkpoint)}`, numbers.session ? `resumed ${whole(numbers.session)}\u00d7` : "never resumed"),
+    tile("checkpoint", numbers.checkpoint === null ? "none" : whole(numbers.checkpoint), numbers.session ? `resumed ${whole(numbers.session)}\u00d7` : "version; never resumed"),
   ];
 }
 
