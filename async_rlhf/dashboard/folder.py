@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from async_rlhf.dashboard.reading import Fields, Tail, number, read_object, stamp, text
 from async_rlhf.dashboard.samples import NewestGroups
@@ -11,6 +11,8 @@ from async_rlhf.dashboard.settings import Settings, read_settings
 from async_rlhf.dashboard.table import Table
 from async_rlhf.evaluation_log import ROWS, SAMPLES
 from async_rlhf.state import LIVE_PHASES, STATE_FILE
+
+T = TypeVar("T")
 
 MAX_INCIDENTS = 200
 """The newest are kept."""
@@ -40,7 +42,7 @@ class RunFolder:
         self._events = Tail(folder, "incidents.jsonl")
         self._evaluated = Tail(folder, ROWS)
         self._groups = NewestGroups(folder)
-        self._known: dict[str, tuple[tuple[int, int, int], Any]] = {}
+        self._known: dict[tuple[str, str], tuple[tuple[int, int, int], Any]] = {}
 
     def refresh(self) -> None:
         """Take in what came since the last call."""
@@ -48,26 +50,38 @@ class RunFolder:
         self._grow(self._events, self._forget_incidents, self._add_incidents)
         self._grow(self._evaluated, self.evaluations.clear, self._add_evaluations)
 
+    def cached(self, name: str, what: str, read: Callable[[], T]) -> T:
+        """What was made of a file, read again when the file changed.
+
+        Args:
+            what: tells several things apart that are made of one file.
+        """
+        now = stamp(self.folder, name)
+        before = self._known.get((name, what))
+        if before is None or before[0] != now:
+            before = self._known[name, what] = (now, read())
+        return before[1]
+
     @property
     def state(self) -> Fields:
         """state.json; empty before it is written."""
-        return self._cached(STATE_FILE, lambda: read_object(self.folder, STATE_FILE))
+        return self.cached(STATE_FILE, "", lambda: read_object(self.folder, STATE_FILE))
 
     @property
     def summary(self) -> Fields:
         """summary.json; empty while the run goes on, or where it was killed. An older one than the state is of an earlier driver."""
-        summary = self._cached(SUMMARY, lambda: read_object(self.folder, SUMMARY))
+        summary = self.cached(SUMMARY, "", lambda: read_object(self.folder, SUMMARY))
         return {} if text(self.state.get("phase")) in LIVE_PHASES else summary
 
     @property
     def settings(self) -> Settings:
         """config.yaml, flat."""
-        return self._cached(CONFIG, lambda: read_settings(self.folder))
+        return self.cached(CONFIG, "", lambda: read_settings(self.folder))
 
     @property
     def samples(self) -> Fields:
         """samples.json."""
-        return self._cached(SAMPLES, lambda: read_object(self.folder, SAMPLES))
+        return self.cached(SAMPLES, "", lambda: read_object(self.folder, SAMPLES))
 
     @property
     def newest_groups(self) -> Any:
@@ -124,10 +138,3 @@ class RunFolder:
     def _add_evaluations(self, rows: list[Fields]) -> None:
         found = {number(row.get("version")): row for row in [*self.evaluations, *rows] if number(row.get("version")) is not None}
         self.evaluations = [found[version] for version in sorted(found, key=lambda v: v or 0.0)][-MAX_EVALUATIONS:]
-
-    def _cached(self, name: str, read: Callable[[], Any]) -> Any:
-        now = stamp(self.folder, name)
-        before = self._known.get(name)
-        if before is None or before[0] != now:
-            self._known[name] = (now, read())
-        return self._known[name][1]

@@ -68,6 +68,16 @@ class Table:
         known = [value for value in column if math.isfinite(value)]
         return sum(known) / len(known) if known else None
 
+    def rows(self, num_rows: int) -> list[dict[str, float]]:
+        """The last rows, with the values that each has."""
+        begin = max(0, len(self) - num_rows)
+        rows: list[dict[str, float]] = [{} for _ in range(len(self) - begin)]
+        for key, column in self._columns.items():
+            for row, value in zip(rows, column[begin:], strict=False):
+                if math.isfinite(value):
+                    row[key] = value
+        return rows
+
     def thinned(self, peaks: Mapping[str, bool], max_points: int = MAX_POINTS) -> dict[str, list[float | None]]:
         """The version and each of these columns that holds anything, at most `max_points` values each.
 
@@ -90,6 +100,8 @@ class Table:
     def _cut(self, num_rows: int) -> None:
         for column in self._columns.values():
             del column[num_rows:]
+            while column and math.isnan(column[-1]):
+                column.pop()
 
 
 def thinned(values: Values, *, peaks: bool = False, max_points: int = MAX_POINTS) -> list[float | None]:

@@ -25,7 +25,7 @@ def drain(tail: Tail) -> list[object]:
 
 
 @given(cuts=st.lists(st.integers(0, len(CONTENT)), max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_each_row_comes_once_and_whole_however_the_writing_is_cut(cuts: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("run")
     tail, found = Tail(folder, "metrics.jsonl"), []
@@ -39,7 +39,7 @@ def test_each_row_comes_once_and_whole_however_the_writing_is_cut(cuts: list[int
 
 
 @given(junk=st.lists(st.binary(max_size=60).map(lambda line: line.replace(b"\n", b"")), max_size=8))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_garbled_lines_are_passed_over_and_the_rows_between_them_stay(junk: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("run")
     lines = [line for index, each in enumerate(junk) for line in (each, json.dumps({"version": index}).encode())]
@@ -142,7 +142,7 @@ def test_a_row_of_an_earlier_version_takes_back_the_rows_from_it_on() -> None:
         max_size=30,
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_rows_say_columns_stay_aligned_versions_rise_and_the_curves_are_json(rows: list[dict[str, object]]) -> None:
     table = Table()
     table.extend(rows)
