@@ -128,7 +128,7 @@ def test_the_newest_living_run_is_followed_and_its_numbers_move(runs: dict[str, 
     expect(page.locator("h1")).to_have_text("live")
     expect(page.locator(".badge")).to_have_text("training")
     before = page.locator("#curve-reward path.bold").get_attribute("d")
-    tokens = page.locator(".flow").inner_text()
+    tokens = page.locator(".flow").text_content() or ""
     assert "2,000" in tokens and "tokens/s" in tokens and "tickets/s" in tokens
 
     stop = threading.Event()
@@ -180,7 +180,7 @@ def test_a_finished_run_shows_its_result_its_curves_and_values_under_the_pointer
     expect(page.locator("#drops")).to_contain_text("tied")
     for name in ("reward", "kl", "staleness", "throughput", "idle", "evaluated-score"):
         expect(page.locator(f"#curve-{name} path.line").first).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
-    assert {"score per completion", "policy version (updates)"} <= {*page.locator("#curve-reward text").all_inner_texts()}
+    assert {"score per completion", "policy version (updates)"} <= {*page.locator("#curve-reward text").all_text_contents()}
     page.locator("#curve-staleness svg").hover(position={"x": 200, "y": 80})
     expect(page.locator("#curve-staleness .tip")).to_contain_text(re.compile(r"version \d+maximum 1mean 0\.\d+"))
     expect(page.locator("#samples")).to_contain_text("63+11=")
