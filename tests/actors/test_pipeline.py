@@ -861,7 +861,7 @@ def test_groups_whose_generator_took_them_along_are_reported_as_failed_and_cost_
         scores = 0
         plain_start = actors.pipeline.RemoteActor.start
 
-        def start(self: Any, method: str, *args: Any, num_returns: int = 1) -> Any:
+        def start(self: Any, method: str, *args: Any, num_returns: int = 1, group: str = "") -> Any:
             nonlocal scores
             if method == "score" and (scores := scores + 1) <= 2:
                 args = (lost_reference(), *args[1:])
