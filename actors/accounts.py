@@ -39,6 +39,9 @@ class Accounts:
     best_reward_mean: float | None = None
     first_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
+    first_generator_s: float = 0.0
+    last_generator_s: float = 0.0
+    """Seconds that generators took part, all of them together; see Roster."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -48,10 +51,15 @@ class Accounts:
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
     checkpoint: int | None = None
 
-    def begin(self, usage: Mapping[str, EngineUsage]) -> None:
-        """The first ticket is about to go out: shares and rates count from here."""
+    def begin(self, usage: Mapping[str, EngineUsage], generator_s: float) -> None:
+        """The first ticket is about to go out: shares and rates count from here.
+
+        Args:
+            generator_s: see UpdateRecord.
+        """
         self.started_s = self.last_s = time.perf_counter()
         self.first_usage = self.last_usage = dict(usage)
+        self.first_generator_s = self.last_generator_s = generator_s
 
     def restore(self, state: TrainingState) -> None:
         """Go back, or ahead, to what was booked at `state`; the clock goes on."""
@@ -68,7 +76,7 @@ class Accounts:
         Args:
             restarts: of each part of the crew, so far.
         """
-        now, installs = time.perf_counter(), record.installs
+        now = time.perf_counter()
         self.restarts = dict(restarts)
         row = self._row(record, elapsed_s=max(now - self.last_s, 1e-9), now=now)
         summary, report, counters = record.summary, record.reports[0], record.counters
@@ -82,9 +90,9 @@ class Accounts:
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.score_moments = summary.moments
-        self.last_s, self.last_usage = now, dict(record.usage)
+        self.last_s, self.last_usage, self.last_generator_s = now, dict(record.usage), record.generator_s
         self.count(counters)
-        self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
+        self.health = dict(record.health)
         return row
 
     def count(self, counters: QueueCounters) -> None:
@@ -133,8 +141,8 @@ class Accounts:
 
     @property
     def generator_idle_share(self) -> float:
-        """Share of the time from the first ticket to the last update that the generators did not spend in engine steps."""
-        return _idle(self.first_usage, self.last_usage, (self.last_s - self.started_s) * self.config.generator.count)
+        """Share of their time from the first ticket to the last update that the generators did not spend in engine steps."""
+        return _idle(self.first_usage, self.last_usage, self.last_generator_s - self.first_generator_s)
 
     @property
     def learner_idle_share(self) -> float:
@@ -144,6 +152,7 @@ class Accounts:
     def _row(self, record: "UpdateRecord", *, elapsed_s: float, now: float) -> Row:
         summary, report, installs = record.summary, record.reports[0], record.installs
         steps_per_update = report.optimizer_steps / (self.updates + 1)
+        generator_s = record.generator_s - self.last_generator_s
         return {
             "update": summary.update,
             "version": report.version,
@@ -158,7 +167,8 @@ class Accounts:
             "train/tokens_per_s": report.num_tokens / record.train_s,
             "train/idle_share": _clip(1 - record.train_s / elapsed_s),
             "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
-            "generate/idle_share": _idle(self.last_usage, record.usage, elapsed_s * self.config.generator.count),
+            "generate/idle_share": _idle(self.last_usage, record.usage, generator_s),
+            "generate/generators": generator_s / elapsed_s,
             "weights/export_s": record.published.export_s,
             "weights/install_s": max((install.install_s for install in installs.values()), default=0.0),
             "weights/canary_error_nats": max((install.canary_error for install in installs.values()), default=0.0),

@@ -8,6 +8,7 @@ from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
+from actors.roster import Roster
 from actors.supervision import Member, Supervisor
 from actors.weight_broadcaster import Published
 from async_rlhf.config import Config
@@ -22,7 +23,8 @@ class Crew:
     """Who takes part in a run, and what the loops share."""
 
     supervisor: Supervisor
-    generators: Sequence[Member]
+    roster: Roster
+    """The generators."""
     scorers: Sequence[Member]
     queue: Member
     broadcaster: Member
@@ -53,6 +55,11 @@ class Crew:
         for scorer in self.scorers:
             self.idle_scorers.put_nowait(scorer)
 
+    @property
+    def generators(self) -> Sequence[Member]:
+        """Those that take part at this moment."""
+        return self.roster.members
+
     async def publish(self, version: int, config: Config) -> Published:
         """Have the learner's version pulled and offered to the generators."""
         limit = config.timeouts.weights_s + config.timeouts.call_s
@@ -76,6 +83,10 @@ class UpdateRecord:
     """Per incarnation of a generator, cumulative."""
     installs: Mapping[str, InstallReport]
     """The last one of each living generator."""
+    generator_s: float
+    """Seconds that generators have taken part in the run so far, all of them together."""
+    health: Mapping[str, str]
+    """Generator -> what it is doing."""
 
     @property
     def counters(self) -> QueueCounters:

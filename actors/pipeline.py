@@ -13,7 +13,8 @@
 
 | who dies         | who notices         | what happens                                                                                 |
 |------------------|---------------------|----------------------------------------------------------------------------------------------|
-| generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket       |
+| generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket (see  |
+|                  |                     | generator_pool.py, also for those that join and leave)                                       |
 | scorer, reward   | the call that waits | the groups go to another one, one by one if the call held several                            |
 | queue, state,    | the call that waits | a new one goes on from the journal, from state.json, or empty; the call is made again        |
 | broadcaster      |                     |                                                                                              |
@@ -25,6 +26,7 @@ Groups and batches travel as object references: they go from process to process 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ from actors.crew import Crew, UpdateRecord
 from actors.generator import Collected
 from actors.remote import RemoteActor, resolve
 from actors.replay_queue import HolderGone, Installed, NextBatch, ScoringFailed, WithScorer
+from actors.roster import Phase, Seat
 from actors.supervision import BROKEN, LOST, Member, guarded
 from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
@@ -50,8 +53,11 @@ class _Flow:
     """What the parts of one produce loop share, as long as one generator lives."""
 
     inflight: int = 0
+    asking: bool = False
+    """A request for tickets is under way, or its tickets are on their way to the engine."""
     installed: int = -1
     closed: bool = False
+    """No further ticket is needed, or wanted."""
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def change(self, by: int = 0, *, installed: int = -1, closed: bool = False) -> None:
@@ -66,22 +72,29 @@ class _Flow:
             await self.changed.wait_for(ready)
 
 
-async def produce(generator: Member, crew: Crew, config: Config) -> None:
-    """Keep one generator's place filled and at work, for ever; see the tables above. Scoring outlives the generator that sampled.
+async def produce(seat: Seat, crew: Crew, config: Config, scoring: asyncio.TaskGroup) -> None:
+    """Keep a generator at work until it shall leave; see the tables above. Then it finishes what it has, within timeouts.leave_s.
 
+    What it holds at its end, however that comes, goes out again.
+
+    Args:
+        scoring: takes what scores the groups, and outlives the generator that sampled them.
     Raises:
-        RestartLimitError: it keeps failing.
+        One of BROKEN: it died, froze or failed.
     """
-    async with asyncio.TaskGroup() as scoring:
-        while True:
-            actor, flow = generator.actor, _Flow()
-            work = guarded(_feed(actor, crew, config, flow), _drain(actor, crew, config, flow, scoring))
-            try:
-                await guarded(work, _refresh(actor, crew, config, flow), crew.supervisor.watch(actor))
-            except BROKEN as error:
-                crew.installs.pop(actor.name, None)
-                await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
-                await generator.replace(actor, error)
+    actor, flow = seat.member.actor, _Flow()
+
+    def is_installed() -> None:
+        crew.roster.turn(seat, Phase.AT_WORK)
+
+    feed, drain = _feed(actor, crew, config, flow), _drain(actor, crew, config, flow, scoring)
+    work = guarded(_leave(seat.leaving, config, flow), feed, drain)
+    try:
+        await guarded(work, _refresh(actor, crew, config, flow, is_installed), crew.supervisor.watch(actor))
+    except BROKEN:
+        await _let_go(actor, crew, config)
+        raise
+    await _let_go(actor, crew, config)
 
 
 async def train(crew: Crew, config: Config, version: int, on_update: Callable[[UpdateRecord], Awaitable[None]]) -> int:
@@ -114,6 +127,8 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 published=published,
                 usage=dict(crew.usage),
                 installs=dict(crew.installs),
+                generator_s=crew.roster.generator_s,
+                health=crew.roster.health(crew.installs),
             )
         )
         version += 1
@@ -155,6 +170,21 @@ async def _unless(event: asyncio.Event, call: Awaitable[T]) -> T | None:
         waiting.cancel()
 
 
+async def _let_go(actor: RemoteActor, crew: Crew, config: Config) -> None:
+    """Nobody counts on this generator any more."""
+    crew.installs.pop(actor.name, None)
+    await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
+
+
+async def _leave(leaving: asyncio.Event, config: Config, flow: _Flow) -> None:
+    """Wait until the generator shall leave, let it take no further ticket, and wait until it has finished those that it has."""
+    await leaving.wait()
+    await flow.change(closed=True)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(config.timeouts.leave_s):
+            await flow.until(lambda: not flow.asking and flow.inflight == 0)
+
+
 async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
     """Give the generator tickets whenever it has room; for ever."""
     await crew.begun.wait()
@@ -162,15 +192,14 @@ async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> 
     request = 0
     while True:
         await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
-        wanted, request = capacity - flow.inflight, request + 1
+        wanted, request, flow.asking = capacity - flow.inflight, request + 1, True
         tickets: list[Ticket] | None = await crew.queue.call(
             "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
         )
-        if tickets is None:
-            await flow.change(closed=True)
-        elif tickets:
+        if tickets:
             await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
-            await flow.change(len(tickets))
+        flow.asking = False
+        await flow.change(len(tickets or ()), closed=tickets is None)
 
 
 async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, scoring: asyncio.TaskGroup) -> None:
@@ -195,7 +224,7 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
             )
 
 
-async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
+async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, is_installed: Callable[[], None]) -> None:
     """Install the newest version on the generator, again and again."""
     while True:
         broadcaster = crew.broadcaster.actor
@@ -210,6 +239,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
             continue
         await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
         await flow.change(installed=report.version)
+        is_installed()
         async with crew.installed:
             crew.installs[actor.name] = report
             crew.installed.notify_all()

@@ -117,6 +117,7 @@ METRICS: Mapping[str, Metric] = {
     "value/explained_variance": Metric("mean", "1 - Var(return - value) / Var(return), values from before the update"),
     "generate/tokens_per_s": Metric("mean", "completion tokens sampled per second, all generators, since the last update"),
     "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
+    "generate/generators": Metric("mean", "generators that took part in that time"),
     "weights/export_s": Metric("mean", "snapshot of the policy and its transfer to the broadcaster"),
     "weights/install_s": Metric("mean", "slowest generator's last install, canary included"),
     "supervision/restarts": Metric("mean", "restarts of any part of the crew by this driver, so far"),
