@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
+from actors.meters import Readings
+from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, rates, train_rates, weight_rates
 from async_rlhf.config import Config
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
@@ -13,8 +15,6 @@ from async_rlhf.tickets import QueueCounters
 
 if TYPE_CHECKING:
     from actors.crew import UpdateRecord
-
-Row = dict[str, float]
 
 
 @dataclass
@@ -37,11 +37,9 @@ class Accounts:
     train_s: float = 0.0
     reward_mean: float | None = None
     best_reward_mean: float | None = None
-    first_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
-    last_usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
-    first_generator_s: float = 0.0
-    last_generator_s: float = 0.0
-    """Seconds that generators took part, all of them together; see Roster."""
+    first: Counted = field(default_factory=Counted)
+    last: Counted = field(default_factory=Counted)
+    """At the start, and at the last update."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     failed_prompts: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -51,15 +49,14 @@ class Accounts:
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
     checkpoint: int | None = None
 
-    def begin(self, usage: Mapping[str, EngineUsage], generator_s: float) -> None:
+    def begin(self, usage: Mapping[str, EngineUsage], readings: Readings | None = None, generator_s: float = 0.0) -> None:
         """The first ticket is about to go out: shares and rates count from here.
 
         Args:
             generator_s: see UpdateRecord.
         """
         self.started_s = self.last_s = time.perf_counter()
-        self.first_usage = self.last_usage = dict(usage)
-        self.first_generator_s = self.last_generator_s = generator_s
+        self.first = self.last = Counted(usage=dict(usage), readings=readings or Readings(), generator_s=generator_s)
 
     def restore(self, state: TrainingState) -> None:
         """Go back, or ahead, to what was booked at `state`; the clock goes on."""
@@ -90,7 +87,7 @@ class Accounts:
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.score_moments = summary.moments
-        self.last_s, self.last_usage, self.last_generator_s = now, dict(record.usage), record.generator_s
+        self.last_s, self.last = now, _counted(record)
         self.count(counters)
         self.health = dict(record.health)
         return row
@@ -142,17 +139,22 @@ class Accounts:
     @property
     def generator_idle_share(self) -> float:
         """Share of their time from the first ticket to the last update that the generators did not spend in engine steps."""
-        return _idle(self.first_usage, self.last_usage, self.last_generator_s - self.first_generator_s)
+        return idle_share(self.first.usage, self.last.usage, self.last.generator_s - self.first.generator_s)
 
     @property
     def learner_idle_share(self) -> float:
         """Share of the same time in which the learner did not train."""
-        return _clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
+        return clip(1 - self.train_s / max(self.last_s - self.started_s, 1e-9))
 
     def _row(self, record: "UpdateRecord", *, elapsed_s: float, now: float) -> Row:
-        summary, report, installs = record.summary, record.reports[0], record.installs
+        summary, report, counters = record.summary, record.reports[0], record.counters
         steps_per_update = report.optimizer_steps / (self.updates + 1)
-        generator_s = record.generator_s - self.last_generator_s
+        now_counted = _counted(record)
+        there = WorkerSeconds(
+            generators=now_counted.generator_s - self.last.generator_s,
+            scorers=elapsed_s * self.config.scorer.count,
+            rewards=elapsed_s * self.config.reward.count,
+        )
         return {
             "update": summary.update,
             "version": report.version,
@@ -161,30 +163,18 @@ class Accounts:
             **summary.metrics,
             **report.metrics,
             "queue/staleness_optimizer_steps_mean": summary.metrics["queue/staleness_mean"] * steps_per_update,
-            "queue/depth_groups": record.counters.waiting,
+            "queue/depth_groups": counters.waiting,
+            "queue/leased_groups": counters.leased,
+            "queue/scoring_groups": counters.scoring,
             "queue/wait_s": record.wait_s,
-            "train/step_s": record.train_s,
-            "train/tokens_per_s": report.num_tokens / record.train_s,
-            "train/idle_share": _clip(1 - record.train_s / elapsed_s),
-            "generate/tokens_per_s": (_tokens(record.usage) - _tokens(self.last_usage)) / elapsed_s,
-            "generate/idle_share": _idle(self.last_usage, record.usage, generator_s),
-            "generate/generators": generator_s / elapsed_s,
-            "weights/export_s": record.published.export_s,
-            "weights/install_s": max((install.install_s for install in installs.values()), default=0.0),
-            "weights/canary_error_nats": max((install.canary_error for install in installs.values()), default=0.0),
+            **rates(self.last, now_counted, elapsed_s, there),
+            "generate/generators": there.generators / elapsed_s,
+            **train_rates(record, elapsed_s),
+            **weight_rates(record),
+            "time/update_s": elapsed_s,
             "supervision/restarts": sum(self.restarts.values()),
         }
 
 
-def _tokens(usage: Mapping[str, EngineUsage]) -> int:
-    return sum(of_one.num_tokens for of_one in usage.values())
-
-
-def _idle(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage], engine_s: float) -> float:
-    """Share of `engine_s`, seconds of all engines together, in which they did not step."""
-    busy_s = sum(usage.busy_s for usage in after.values()) - sum(usage.busy_s for usage in before.values())
-    return _clip(1 - busy_s / max(engine_s, 1e-9))
-
-
-def _clip(share: float) -> float:
-    return min(1.0, max(0.0, share))
+def _counted(record: "UpdateRecord") -> Counted:
+    return Counted(usage=dict(record.usage), readings=record.readings, generator_s=record.generator_s)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
+from actors.meters import Meters, Readings
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
 from actors.roster import Roster
@@ -38,6 +39,7 @@ class Crew:
     installed: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified of each install."""
     gate: InstallGate = field(default_factory=InstallGate)
+    meters: Meters = field(default_factory=Meters)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,10 +85,14 @@ class UpdateRecord:
     """Per incarnation of a generator, cumulative."""
     installs: Mapping[str, InstallReport]
     """The last one of each living generator."""
-    generator_s: float
+    generator_s: float = 0.0
     """Seconds that generators have taken part in the run so far, all of them together."""
-    health: Mapping[str, str]
+    health: Mapping[str, str] = field(default_factory=dict[str, str])
     """Generator -> what it is doing."""
+    take_s: float = 0.0
+    """From the decision until the ranks begin: the shards are made, and move to them."""
+    readings: Readings = field(default_factory=Readings)
+    """Of the meters, cumulative."""
 
     @property
     def counters(self) -> QueueCounters:

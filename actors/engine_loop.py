@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from async_rlhf.errors import EngineError
-from async_rlhf.protocols import Engine
+from async_rlhf.protocols import Engine, Occupancy
 from async_rlhf.types import Rollout
 
 T = TypeVar("T")
+EMPTY = Occupancy(num_running=0, num_waiting=0, kv_use_share=0.0)
 Finished = Callable[[str, tuple[Rollout, ...]], None]
 
 
@@ -29,6 +30,14 @@ class EngineUsage:
     num_tokens: int
     """Completion tokens of finished groups."""
     num_completions: int
+    running_s: float = 0.0
+    """Completions in the engine's batch x seconds."""
+    waiting_s: float = 0.0
+    """Completions waiting for a place in it x seconds."""
+    kv_use_s: float = 0.0
+    """Share of the key/value cache in use x seconds."""
+    occupancy: Occupancy = EMPTY
+    """After the last step."""
 
 
 @dataclass(slots=True)
@@ -135,12 +144,16 @@ class EngineLoop:
     def _step(self) -> None:
         started = time.perf_counter()
         finished = self._engine.step()
-        usage = self._usage
+        usage, occupancy, step_s = self._usage, self._engine.occupancy, time.perf_counter() - started
         rollouts = [rollout for _, completions in finished for rollout in completions]
         self._usage = EngineUsage(
-            busy_s=usage.busy_s + time.perf_counter() - started,
+            busy_s=usage.busy_s + step_s,
             num_tokens=usage.num_tokens + sum(len(rollout.completion_ids) for rollout in rollouts),
             num_completions=usage.num_completions + len(rollouts),
+            running_s=usage.running_s + occupancy.num_running * step_s,
+            waiting_s=usage.waiting_s + occupancy.num_waiting * step_s,
+            kv_use_s=usage.kv_use_s + occupancy.kv_use_share * step_s,
+            occupancy=occupancy,
         )
         for request_id, completions in finished:
             self._on_finished(request_id, completions)

@@ -16,7 +16,7 @@ from async_rlhf.adapters import add_adapters
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.policy import load_policy
-from async_rlhf.protocols import SampleRequest
+from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
 
 
@@ -50,6 +50,12 @@ class TransformersEngine:
     def num_running(self) -> int:
         """Completions admitted and not finished."""
         return len(self._queue)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """No cache, so nothing of it is in use."""
+        num_running = min(self._num_slots, len(self._queue))
+        return Occupancy(num_running=num_running, num_waiting=len(self._queue) - num_running, kv_use_share=0.0)
 
     def add(self, request: SampleRequest) -> None:
         """Admit a request; completion k draws from a stream seeded by seed + k."""

@@ -29,7 +29,7 @@ from async_rlhf.config.lora import LoraConfig
 from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.errors import EngineError
 from async_rlhf.policy import empty_policy
-from async_rlhf.protocols import SampleRequest
+from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
 
 _CANARY = "canary"
@@ -107,6 +107,13 @@ class VLLMEngine:
     def num_running(self) -> int:
         """Completions admitted and not finished."""
         return sum(self._num_samples.values())
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """The scheduler's own counts. Asked for, because vLLM's statistics cost a Prometheus registry and time in each step."""
+        scheduler: Any = cast(Any, self._engine.engine_core).engine_core.scheduler
+        num_running, num_waiting = scheduler.get_request_counts()
+        return Occupancy(num_running=num_running, num_waiting=num_waiting, kv_use_share=scheduler.kv_cache_manager.usage)
 
     def add(self, request: SampleRequest) -> None:
         """Admit a request; vLLM samples its K completions from streams seed, seed + 1, ..."""

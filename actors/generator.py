@@ -95,8 +95,14 @@ class Generator:
             check_manifest(weights.manifest, self._expected_shapes)
             check_tensors(weights)
         drain = self._config.weights.on_update == "drain"
-        pause_s, error = self._loop.call(lambda engine: self._load(engine, weights), when_idle=drain).result()
-        return InstallReport(version=weights.manifest.version, install_s=time.perf_counter() - started, pause_s=pause_s, canary_error=error)
+        pause_s, canary_s, error = self._loop.call(lambda engine: self._load(engine, weights), when_idle=drain).result()
+        return InstallReport(
+            version=weights.manifest.version,
+            install_s=time.perf_counter() - started,
+            pause_s=pause_s,
+            canary_error=error,
+            canary_s=canary_s,
+        )
 
     def evaluate(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
         """One completion of each prompt (temperature 0: greedy), sampled in the same engine as everything else; may be called by several.
@@ -129,15 +135,15 @@ class Generator:
         """End the engine's thread and free its memory."""
         self._loop.close()
 
-    def _load(self, engine: Engine, weights: WeightsVersion) -> tuple[float, float]:
-        """On the loop's thread. Returns seconds of pause, canary error in nats."""
+    def _load(self, engine: Engine, weights: WeightsVersion) -> tuple[float, float, float]:
+        """On the loop's thread. Returns seconds of pause and of the canary, and its error in nats."""
         if self._config.weights.verify and self._tolerance is None:
             self._tolerance = self._prove_canary(engine, weights)
         started = time.perf_counter()
         engine.load(weights)
         pause_s = time.perf_counter() - started
         if not self._config.weights.verify:
-            return pause_s, 0.0
+            return pause_s, 0.0, 0.0
         error = canary_error(weights.manifest, engine.score(weights.manifest.canary_ids))
         assert self._tolerance is not None
         if not error <= self._tolerance:
@@ -145,7 +151,7 @@ class Generator:
                 f"{self._incarnation}: after installing version {weights.manifest.version} the canary's log-probabilities differ "
                 f"from the learner's by {error:.3g} nats, allowed {self._tolerance:.3g}; the engine samples from other weights"
             )
-        return pause_s, error
+        return pause_s, time.perf_counter() - started - pause_s, error
 
     def _prove_canary(self, engine: Engine, weights: WeightsVersion) -> float:
         """Measure the engine's own error, and show that the canary notices wrong weights. Returns the tolerance, nats."""

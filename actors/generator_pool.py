@@ -21,6 +21,7 @@ from actors.pipeline import produce
 from actors.remote import kill_process
 from actors.roster import Phase, Seat
 from actors.supervision import BROKEN, Member, first_line
+from actors.waiting import unless
 from async_rlhf.config import Config
 from async_rlhf.errors import NoRoomError, RestartLimitError, RunError
 
@@ -197,7 +198,7 @@ class GeneratorPool:
                 await self._refill(seat, error)
 
         try:
-            await _unless(seat.leaving, start())
+            await unless(seat.leaving, start())
             return await self._sit(seat)
         except _GaveUp as error:
             self._dismiss(seat)
@@ -212,7 +213,8 @@ class GeneratorPool:
                 await produce(seat, self._crew, self._config, self._scoring)
             except BROKEN as error:
                 kill_process(seat.member.actor)
-                await _unless(seat.leaving, self._refill(seat, self._causes.pop(name, error)))
+                if not seat.leaving.is_set():
+                    await unless(seat.leaving, self._refill(seat, self._causes.pop(name, error)))
         self._dismiss(seat)
         return ""
 
@@ -293,19 +295,3 @@ async def _in_turn(tasks: Iterable["asyncio.Task[tuple[str, bool]]"], say: Say) 
         for task in done:
             say(task.result()[0])
             yield task.result()
-
-
-async def _unless(leaving: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Await `work`, but no longer than until the event is set."""
-    if leaving.is_set():
-        work.close()
-        return
-    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(leaving.wait())
-    try:
-        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-    finally:
-        working.cancel()
-        waiting.cancel()
-        await asyncio.gather(working, waiting, return_exceptions=True)

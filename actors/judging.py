@@ -111,12 +111,14 @@ class Judging:
     async def _scorer(self, method: str, *args: Any) -> Any:
         """The answer of a scorer (or reward actor) that has nothing else to do."""
         crew = self._crew
-        idle = crew.idle_rewards if method == "rate_texts" and crew.rewards else crew.idle_scorers
+        rewards = method == "rate_texts" and bool(crew.rewards)
+        idle, meter = (crew.idle_rewards, crew.meters.reward) if rewards else (crew.idle_scorers, crew.meters.score)
         for attempt in range(ATTEMPTS):
             scorer = await idle.get()
             actor = scorer.actor
             try:
-                return await actor.call(method, *args, timeout_s=self._config.timeouts.score_s)
+                with meter.working(counted=False):
+                    return await actor.call(method, *args, timeout_s=self._config.timeouts.score_s)
             except LOST as error:
                 await scorer.replace(actor, error)
                 if attempt + 1 == ATTEMPTS:

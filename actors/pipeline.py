@@ -25,24 +25,23 @@ Groups and batches travel as object references: they go from process to process 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
 
 from actors.crew import Crew, UpdateRecord
 from actors.generator import Collected
 from actors.remote import RemoteActor, resolve
-from actors.replay_queue import HolderGone, Installed, NextBatch, ScoringFailed, WithScorer
+from actors.replay_queue import HolderGone, Installed, NextBatch
 from actors.roster import Phase, Seat
-from actors.supervision import BROKEN, LOST, Member, guarded
+from actors.scoring import score
+from actors.supervision import BROKEN, guarded
+from actors.waiting import unless
 from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorFailedError, DeadlineError, ObjectLostError, RewardError
+from async_rlhf.errors import DeadlineError, ObjectLostError
 from async_rlhf.metrics import BatchSummary
 from async_rlhf.types import InstallReport, Ticket
-
-T = TypeVar("T")
 
 POLL_S = 5.0
 """How long an actor waits on its side before it answers `nothing yet`: a sign of life at least this often."""
@@ -116,6 +115,7 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
         limit = config.timeouts.call_s
         shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
         reports = await crew.learner.train_step(version, shards)
+        trained = time.perf_counter()
         published = await crew.publish(version + 1, config)
         booked = await crew.queue.call("trained", version, published.digest, published.canary_logprobs, timeout_s=limit)
         await on_update(
@@ -129,6 +129,8 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 installs=dict(crew.installs),
                 generator_s=crew.roster.generator_s,
                 health=crew.roster.health(crew.installs),
+                take_s=max(0.0, trained - taken - max(report.train_s for report in reports)),
+                readings=crew.meters.readings,
             )
         )
         version += 1
@@ -143,7 +145,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
             await crew.publish(update, config)  # a new broadcaster begins empty, and a new generator waits for its first version
         asked = time.monotonic()
         call = crew.queue.call("next_batch", update, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
-        answer: NextBatch | None = await _unless(crew.stopping, call)
+        answer: NextBatch | None = await unless(crew.stopping, call)
         if answer is None:
             return None
         if answer.summary is not None or answer.closed:
@@ -157,17 +159,6 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
                 "too slow, or stuck, or a live source brought no rows"
             )
     return None
-
-
-async def _unless(event: asyncio.Event, call: Awaitable[T]) -> T | None:
-    """The answer of `call`, or None as soon as the event is set."""
-    asking, waiting = asyncio.ensure_future(call), asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        return asking.result() if asking.done() else None
-    finally:
-        asking.cancel()
-        waiting.cancel()
 
 
 async def _let_go(actor: RemoteActor, crew: Crew, config: Config) -> None:
@@ -193,9 +184,10 @@ async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> 
     while True:
         await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
         wanted, request, flow.asking = capacity - flow.inflight, request + 1, True
-        tickets: list[Ticket] | None = await crew.queue.call(
-            "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
-        )
+        with crew.meters.tickets.working():
+            tickets: list[Ticket] | None = await crew.queue.call(
+                "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
+            )
         if tickets:
             await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
         flow.asking = False
@@ -212,7 +204,8 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
         collected: Collected = await resolve(summary_ref, edge=f"{actor.name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
         crew.usage[actor.name] = collected.usage
         if collected.tickets:
-            scoring.create_task(_score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
+            crew.meters.generate.through(len(collected.tickets))
+            scoring.create_task(score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
             await flow.change(-len(collected.tickets))
             silent_s = 0.0
             continue
@@ -232,6 +225,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, 
         if offer is None:
             continue
         await crew.gate.passed(offer.version)
+        asked = time.perf_counter()
         try:
             report: InstallReport = await actor.call("install", offer.weights[0], timeout_s=config.timeouts.weights_s)
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
@@ -241,56 +235,5 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, 
         await flow.change(installed=report.version)
         is_installed()
         async with crew.installed:
-            crew.installs[actor.name] = report
+            crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
             crew.installed.notify_all()
-
-
-async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: Config) -> None:
-    """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
-    await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
-    if not await _try_score(groups_ref, None, crew, config):
-        return
-    for index, ticket in enumerate(tickets):
-        reason = await _try_score(groups_ref, index, crew, config)
-        if reason:
-            await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
-
-
-async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:
-    """Rate, score and put all groups, or the one of that index; returns why that failed, or nothing."""
-    limit = config.timeouts.score_s
-    rating: tuple[Any, ...] = ()
-    if crew.rewards:
-        rated, why = await _by_one_of(crew.idle_rewards, "rate", (groups_ref, only), limit)
-        if why:
-            return why
-        rating = (rated,)
-    scored_ref, why = await _by_one_of(crew.idle_scorers, "score", (groups_ref, only, *rating), limit)
-    if why:
-        return why
-    try:
-        await crew.queue.call("put", scored_ref, timeout_s=config.timeouts.call_s)
-    except ObjectLostError as error:
-        return str(error)
-    return ""
-
-
-async def _by_one_of(idle: "asyncio.Queue[Member]", method: str, args: Sequence[Any], limit_s: float) -> tuple[Any, str]:
-    """Have the first idle member do it: the reference of what it made, or why there is none.
-
-    Raises:
-        RewardLostError: nobody could; no group is to blame. RestartLimitError: the members keep dying.
-    """
-    member = await idle.get()
-    actor = member.actor
-    try:
-        return await actor.fetch(method, *args, timeout_s=limit_s), ""
-    except LOST as error:
-        await member.replace(actor, error)
-        if isinstance(error, DeadlineError):
-            return None, f"no score within {limit_s:g} s"
-        return None, f"the {member.name.partition('-')[0]} died: {error}"
-    except (RewardError, ActorFailedError, ObjectLostError) as error:
-        return None, str(error)
-    finally:
-        idle.put_nowait(member)

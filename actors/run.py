@@ -170,7 +170,7 @@ class Run:
         if self._plan.evaluate_start:
             await self._record("evaluating")
             self._observer.evaluated(await evaluator.evaluate("start", version))
-        self._accounts.begin(await evaluator.usage(), crew.roster.generator_s)
+        self._accounts.begin(await evaluator.usage(), crew.meters.readings, crew.roster.generator_s)
         crew.begun.set()
         self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
 

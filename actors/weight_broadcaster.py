@@ -30,6 +30,8 @@ class Published:
     """Of the weights: equal digests, equal weights."""
     canary_logprobs: tuple[float, ...]
     """The learner's, nats: nearly equal weights have nearly equal ones."""
+    gather_s: float = 0.0
+    """Part of `export_s`: the snapshot, in rank 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +83,7 @@ class WeightBroadcaster:
             export_s=time.perf_counter() - started,
             digest=weights.manifest.digest,
             canary_logprobs=weights.manifest.canary_logprobs,
+            gather_s=weights.gather_s,
         )
 
     async def newer_than(self, version: int, wait_s: float) -> Offer | None:

@@ -26,12 +26,29 @@ class SampleRequest:
     """0: greedy."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Occupancy:
+    """How full an engine is."""
+
+    num_running: int
+    """Completions in its batch."""
+    num_waiting: int
+    """Completions admitted that have no place in it yet."""
+    kv_use_share: float
+    """Of the key/value cache; 0 where the engine keeps none."""
+
+
 class Engine(Protocol):
     """A sampling engine with continuous batching, used from one thread."""
 
     @property
     def num_running(self) -> int:
         """Completions admitted and not finished."""
+        ...
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full it is now; cheap."""
         ...
 
     def add(self, request: SampleRequest) -> None:

@@ -160,6 +160,8 @@ class StepReport:
     """Seconds inside train_step on this rank."""
     metrics: Mapping[str, float]
     """Global means, keyed as declared in `async_rlhf.metrics`."""
+    parts_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Where `train_s` went on this rank, likewise keyed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +205,8 @@ class WeightsVersion:
     manifest: WeightsManifest
     tensors: Mapping[str, np.ndarray]
     """Name -> array in the manifest's shape (bfloat16 as int16 bits); read-only."""
+    gather_s: float = 0.0
+    """Seconds that the learner spent on it: canary, gathering and copying."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,3 +220,7 @@ class InstallReport:
     """Seconds in which the engine could not step because weights were being replaced."""
     canary_error: float
     """Largest absolute difference of the canary's log-probabilities from the learner's, in nats."""
+    canary_s: float = 0.0
+    """Part of `install_s`: the canary's own sampling."""
+    transfer_s: float = 0.0
+    """Before `install_s`: from the request to the weights in the generator's process."""

@@ -14,6 +14,7 @@ from async_rlhf.policy import make_value_scorer
 from learners.collective import sum_over_ranks
 from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals, ValueObjective
+from learners.stopwatch import Stopwatch
 from learners.trained_model import TrainedModel
 from learners.weights import full_state_dict
 
@@ -21,14 +22,14 @@ from learners.weights import full_state_dict
 class Critic:
     """Values of states, and what they are trained on. Every method is called on all ranks at once."""
 
-    def __init__(self, config: Config, policy_folder: Path, objective: ValueObjective) -> None:
+    def __init__(self, config: Config, policy_folder: Path, objective: ValueObjective, stopwatch: Stopwatch) -> None:
         """Start from `algorithm.ppo.critic.path`, or from the policy with a value head of zeros."""
         own, settings = config.algorithm.ppo.critic, config.learner
         folder = Path(own.path) if own.path else policy_folder
         self._tokenizer_folder = policy_folder
         scorer = make_value_scorer(folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
         engine = make_engine(scorer, settings, own.learning_rate, config.optimizer_steps)
-        self.model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate")
+        self.model = TrainedModel(engine, engine, settings, "algorithm.ppo.critic.learning_rate", stopwatch)
         self._objective = objective
 
     def estimate(self, units: Sequence[Unit]) -> tuple[list[Unit], dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from learners.critic import Critic
 from learners.engine import DTYPES, make_engine, model_of
 from learners.objective import Totals
 from learners.random_state import random_state, set_random_state
+from learners.stopwatch import Stopwatch
 from learners.trained_model import Output, TrainedModel
 from learners.weights import full_state_dict, snapshot
 
@@ -42,8 +43,10 @@ class Learner:
         scorer = make_scorer(model_folder, DTYPES[settings.precision], settings.batching, config.generator.max_model_len)
         add_adapters(scorer.model, settings.lora, config.seed)
         engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
-        self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate")
-        self._critic = None if self._objective.critic is None else Critic(config, model_folder, self._objective.critic)
+        self._stopwatch = Stopwatch()
+        self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate", self._stopwatch)
+        critic = self._objective.critic
+        self._critic = None if critic is None else Critic(config, model_folder, critic, self._stopwatch)
         self._models = {"policy": self._policy} if self._critic is None else {"policy": self._policy, "critic": self._critic.model}
         self._optimizer_steps = 0
         self._writer = CheckpointWriter()
@@ -58,9 +61,11 @@ class Learner:
             The report of version update + 1; its metrics are global and equal on all ranks.
         """
         started = time.perf_counter()
+        self._stopwatch.start()
         units = [[unit for unit in map(self._objective.select, groups) if unit] for groups in minibatches]
         counts = [self._count(of_minibatch, len(groups)) for of_minibatch, groups in zip(units, minibatches, strict=True)]
         units, steps = self._prepare(units)
+        self._stopwatch.lap("train/prepare_s")
         num_tokens = 0.0
         for _ in range(self._config.algorithm.epochs_per_batch):
             for of_minibatch, (totals, tokens) in zip(units, counts, strict=True):
@@ -72,13 +77,14 @@ class Learner:
             num_tokens=int(num_tokens),
             train_s=time.perf_counter() - started,
             metrics=derive(over_steps(steps)),
+            parts_s=self._stopwatch.laps,
         )
 
     def snapshot(self, version: int) -> WeightsVersion | None:
         """An immutable copy of what the generators get, with canary, in their dtype; None on ranks other than 0."""
-        engine = self._policy.engine
+        started, engine = time.perf_counter(), self._policy.engine
         logprobs = score_canary(engine, self._canary_ids, self._policy.device, self._config.learner.batching)
-        return snapshot(
+        weights = snapshot(
             published(model_of(engine), self._config.learner.lora),
             version=version,
             dtype=self._config.generator.dtype,
@@ -86,6 +92,7 @@ class Learner:
             canary_ids=self._canary_ids,
             canary_logprobs=logprobs,
         )
+        return None if weights is None else replace(weights, gather_s=time.perf_counter() - started)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy, adapters merged, and the critic to `<folder>-critic`, as ordinary Hugging Face folders."""

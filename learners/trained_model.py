@@ -16,6 +16,7 @@ from learners import engine_state
 from learners.checkpoint import SavedModel
 from learners.collective import combine, max_over_ranks, reduce_metrics, sum_over_ranks
 from learners.engine import Engine, own_grad_norm
+from learners.stopwatch import Stopwatch
 
 Output = tuple[Tensor, ...]
 """What the model says of a microbatch: first [N, T], one number per completion token."""
@@ -24,12 +25,16 @@ Output = tuple[Tensor, ...]
 class TrainedModel:
     """A policy or a critic. Every method is called on all ranks at once."""
 
-    def __init__(self, engine: Engine, forward: Callable[[Microbatch], Output], settings: LearnerConfig, rate_key: str) -> None:
+    def __init__(
+        self, engine: Engine, forward: Callable[[Microbatch], Output], settings: LearnerConfig, rate_key: str, stopwatch: Stopwatch
+    ) -> None:
         """
         Args:
             engine: of make_engine. forward: the engine's, on a microbatch on its device.
             rate_key: the setting that holds its learning rate, for error messages.
+            stopwatch: gets a lap for each part of a step.
         """
+        self._stopwatch = stopwatch
         self.engine = engine
         self.device = torch.device(engine.device)
         self._forward = forward
@@ -80,9 +85,12 @@ class TrainedModel:
             loss_sum += float(of_share.loss.detach())
             # DeepSpeed averages gradients over ranks; ours are shares of one global loss, to be summed.
             self.engine.backward(of_share.loss * dist.get_world_size())
+            if last:
+                self._stopwatch.lap("train/forward_backward_s")
             grad_norm = own_grad_norm(self.engine) if last else None
             self.engine.step()
             parts |= {key: combine(parts.get(key), part) for key, part in of_share.metrics.items()}
+        self._stopwatch.lap("train/optimizer_s")
         self._num_steps += 1
         metrics = reduce_metrics(parts, self.device)
         metrics["loss"] = float(sum_over_ranks(torch.tensor([loss_sum], dtype=torch.float64), self.device)[0])

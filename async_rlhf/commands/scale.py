@@ -57,7 +57,8 @@ def _follow(folder: Path, wish: Wish, timeout_s: float, config: Config, console:
         _check_life(folder, config, wish)
         time.sleep(POLL_S)
     raise DeadlineError(
-        f"the run is not through with this after {timeout_s:g} s; it goes on with it: see async-rlhf status {folder}, or ask for another number"
+        f"the run is not through with this after {timeout_s:g} s, and goes on with it: see async-rlhf status {folder}, or ask for "
+        "another number"
     )
 
 

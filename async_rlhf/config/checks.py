@@ -73,6 +73,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     yield from _evaluation_contradictions(config)
     yield from _prompt_contradictions(config)
     yield from _reward_contradictions(config)
+    yield from _placement_contradictions(config)
     if config.deterministic and (config.max_staleness != 0 or config.queue.order != "ticket"):
         yield (
             "deterministic: true needs max_staleness 0 and queue.order ticket, got "
@@ -200,6 +201,23 @@ def _batch_contradictions(config: Config) -> Iterator[str]:
         )
     if config.learner.precision == "bfloat16" and config.learner.zero_stage == 0:
         yield "learner.precision bfloat16 needs learner.zero_stage 1, 2 or 3 (stage 0 trains without an fp32 master copy); set zero_stage=1"
+
+
+def _placement_contradictions(config: Config) -> Iterator[str]:
+    generator = config.generator
+    workers, gpus = generator.tensor_parallel_size, generator.num_gpus
+    if workers > 1 and generator.engine != "vllm":
+        yield f"generator.tensor_parallel_size ({workers}) belongs to generator.engine vllm, got {generator.engine}; set it to 1"
+    if workers > 1 and gpus not in (0, workers):
+        yield (
+            f"generator.tensor_parallel_size ({workers}) needs as many GPUs, got generator.num_gpus {gpus:g}; "
+            f"set generator.num_gpus={workers} (0: on CPUs)"
+        )
+    if workers == 1 and gpus > 1:
+        yield (
+            f"generator.num_gpus ({gpus:g}) is more than a generator of generator.tensor_parallel_size 1 can use; "
+            f"set both to {math.ceil(gpus)}, or take more generators of one GPU each"
+        )
 
 
 _OF_KIND = {"function": ("function", "processes"), "model": ("path", "max_length"), "http": ("url", "token_env"), "judge": ("judge",)}

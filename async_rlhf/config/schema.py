@@ -51,6 +51,8 @@ class GeneratorConfig:
     engine: Literal["vllm", "transformers"] = "vllm"
     """`transformers` is the slow reference engine, for tests and for machines without a vLLM build."""
     count: int = number(1, ge=1, le=4096)
+    tensor_parallel_size: int = number(1, ge=1, le=64)
+    """GPUs that share the weights of one generator; all on one node."""
     max_inflight: int = number(128, ge=1, le=65536)
     """Completions sampled at once by one generator."""
     max_new_tokens: int = number(8, ge=1, le=1 << 20)
@@ -65,6 +67,7 @@ class GeneratorConfig:
     """No torch.compile: right for short runs."""
     num_cpus: float = number(1.0, ge=0.0, le=4096.0)
     num_gpus: float = number(0.0, ge=0.0, le=64.0)
+    """Of one generator: a share of a GPU, one, or as many as tensor_parallel_size."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Snapshot:
     """Stands for a WeightsVersion; can be watched until nobody holds it."""
 
     def __init__(self, version: int) -> None:
-        self.version = version
+        self.version, self.gather_s = version, 0.0
         self.manifest = WeightsManifest(version=version, tensors=(), canary_ids=(1, 2), canary_logprobs=(-0.5 * version,))
 
 

@@ -27,6 +27,7 @@ from async_rlhf.config import load_config
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.policy import load_policy
+from async_rlhf.protocols import Occupancy
 from async_rlhf.snapshot import snapshot_of_folder
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 from tests.support.cluster import make_model_folder
@@ -226,6 +227,7 @@ class SingingEngine:
     """Answers with what it was told to sing for the loaded weights: the right ones, or noise after perturbed ones."""
 
     num_running = 0
+    occupancy = Occupancy(num_running=0, num_waiting=0, kv_use_share=0.0)
 
     def __init__(self, sound: Sequence[float], disturbed: Sequence[float]) -> None:
         self.sound, self.disturbed = sound, disturbed

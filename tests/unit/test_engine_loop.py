@@ -11,7 +11,7 @@ import pytest
 
 from actors.engine_loop import EngineLoop
 from async_rlhf.errors import EngineError
-from async_rlhf.protocols import SampleRequest
+from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan
 
 pytestmark = pytest.mark.timeout(30)
@@ -38,6 +38,10 @@ class PacedEngine:
     @property
     def num_running(self) -> int:
         return 2 * len(self._left)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        return Occupancy(num_running=self.num_running, num_waiting=0, kv_use_share=0.5)
 
     def add(self, request: SampleRequest) -> None:
         self.events.append(f"add {request.request_id}")

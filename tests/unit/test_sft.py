@@ -71,7 +71,7 @@ def test_landing_bisects_the_line_between_two_looks_until_the_accuracy_is_near_t
 
 @pytest.mark.slow
 def test_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path: Path):
-    short = replace(TINY, sft=replace(TINY.sft, max_steps=300, target_accuracy=1.0))
+    short = replace(TINY, sft=replace(TINY.sft, max_steps=30, target_accuracy=1.0))
     weights: list[torch.Tensor] = []
     for name, seed in (("first", 1), ("second", 1), ("other", 2)):
         train_start(replace(short, sft=replace(short.sft, seed=seed)), tmp_path / name, _ignore)

@@ -137,7 +137,7 @@ def test_expected_gradient_vanishes_at_the_optimum_and_not_elsewhere(name: str):
         assert (gradient_of(loss, near) * (near - table)).sum() > 0
 
 
-@pytest.mark.parametrize("name", ["small-2", "full-2", "small-3"])
+@pytest.mark.parametrize("name", ["small-2", pytest.param("full-2", marks=pytest.mark.long), "small-3"])
 def test_optimising_from_the_reference_reaches_the_optimum(name: str):
     given = problem(name)
 
