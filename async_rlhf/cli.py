@@ -23,12 +23,15 @@ Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 @app.command()
-def train(words: Words = None) -> None:
+def train(
+    words: Words = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Where run.dir holds a run already, go on with that.")] = False,
+) -> None:
     """Train a policy; see conf/quickstart.yaml."""
-    from async_rlhf.commands.train import run_train
+    from async_rlhf.commands.train import run_or_resume, run_train
 
     _require_application()
-    raise typer.Exit(run_train(_load(words), Console()))
+    raise typer.Exit((run_or_resume if resume else run_train)(_load(words), Console()))
 
 
 @app.command()
@@ -222,8 +225,8 @@ def _require_application() -> None:
             module = import_module(name)
         except ModuleNotFoundError:
             raise ConfigError(
-                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout, or "
-                "install one with `pip install -e .`"
+                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout "
+                "(as a job: --working-dir .), or install one with `pip install -e .`"
             ) from None
         place = Path(str(module.__file__)).resolve().parent
         if place != checkout / name:
