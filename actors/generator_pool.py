@@ -137,7 +137,7 @@ class GeneratorPool:
         limit_s = self._config.timeouts.place_s
         try:
             for spec in specs:
-                await self._rooms.reserve_more(spec, min(limit_s, ROOM_S))
+                await self._rooms.reserve_more(spec, limit_s if self._config.run.autoscale else min(limit_s, ROOM_S))
         except BaseException:
             for spec in specs:
                 self._rooms.release(spec.place)
@@ -244,21 +244,23 @@ class GeneratorPool:
             NoRoomError: nobody is at work, and there is room for nobody; or one that joins has lost its room.
         """
         spec, roster = seat.member.next_spec(), self._crew.roster
-        try:
-            await self._rooms.placed(spec, 0.0)
-        except NoRoomError:
-            roster.turn(seat, Phase.NO_ROOM)
-            self._report("no_room", seat.member.name)
-            await self._until_room(seat, spec)
-        roster.turn(seat, Phase.RESTARTING)
-        seat.member.cast(await self._crew.supervisor.begin(spec))
-
-    async def _until_room(self, seat: Seat, spec: ActorSpec) -> None:
         while True:
-            self._check_room(seat)
-            with suppress(NoRoomError):
-                await self._rooms.placed(spec, self._config.supervision.ping_s)
+            if not await self._has_room(spec, 0.0):
+                roster.turn(seat, Phase.NO_ROOM)
+                self._report("no_room", seat.member.name)
+                while not await self._has_room(spec, self._config.supervision.ping_s):
+                    self._check_room(seat)
+            roster.turn(seat, Phase.RESTARTING)
+            with suppress(NoRoomError):  # lost again just now
+                seat.member.cast(await self._crew.supervisor.begin(spec))
                 return
+
+    async def _has_room(self, spec: ActorSpec, wait_s: float) -> bool:
+        try:
+            await self._rooms.placed(spec, wait_s)
+        except NoRoomError:
+            return False
+        return True
 
     def _check_room(self, seat: Seat) -> None:
         """Raise NoRoomError where waiting for room is of no use any more."""

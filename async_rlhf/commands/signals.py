@@ -76,7 +76,7 @@ def on_ray(config: Config, run_id: str, say: Callable[[str], None], logs: Path |
         # Ray reads its authentication settings when it is imported: not before open_session.
         from actors.launch import connect
 
-        cluster = connect(config, run_id, session)
+        cluster = connect(config, run_id, session, say)
         yield cluster
     except BaseException as error:
         failed = end_of(error)[0] == EXIT_FAILED

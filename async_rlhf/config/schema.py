@@ -28,6 +28,8 @@ class RunConfig:
     """Logical CPUs of a local Ray; 0: what the actors ask for, or the machine's cores if those are more."""
     object_store_mib: int = number(256, ge=80, le=1 << 20)
     """Ray's shared memory on a local run, MiB."""
+    autoscale: bool = False
+    """Nodes come when they are asked for: a cluster that is too small today is waited for, up to timeouts.place_s."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class TimeoutsConfig:
 
     start_s: float = number(300.0, gt=0.0, le=1e6)
     place_s: float = number(60.0, gt=0.0, le=1e6)
+    """Room on the cluster for all actors, and later for one whose node was lost."""
     generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
     leave_s: float = number(120.0, ge=0.0, le=1e6)

@@ -206,7 +206,7 @@ def test_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_p
     done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "generator.count=8")
 
     assert done.code != 0
-    assert "the run asks for 9 CPU, but the Ray cluster has 2 CPU" in done.output
+    assert "8 generators x 1 CPU (together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in done.output
 
 
 # Less common moments
@@ -305,4 +305,7 @@ def test_a_submitted_stage_joins_the_cluster_and_shows_its_progress(head: Head, 
     )
     assert (tmp_path / "start" / "model.safetensors").is_file()
     assert refused.code != 0
-    assert "the run asks for 8 CPU, but the Ray cluster has 2 CPU, 0 GPU; lower the stage's num_cpus" in refused.output
+    assert (
+        "the run asks for 1 sft x 8 CPU; the Ray cluster has 2 CPU and 0 GPU: no node has 8 CPU for one sft; lower the stage"
+        in refused.output
+    )
