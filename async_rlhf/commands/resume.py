@@ -46,7 +46,7 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
         ConfigError: no such run or checkpoint, a living one, or a change that it cannot survive. JournalError: the journal is damaged.
     """
     folder = folder.resolve()
-    before, config = _configs(folder, words)
+    before, config = resumed_configs(folder, words)
     with sole_driver(folder):
         return _resume(folder, before, config, version, console)
 
@@ -129,8 +129,12 @@ def read_origin(folder: Path) -> dict[str, str]:
         raise ConfigError(f"{folder} is no folder of a run: origin.json cannot be read ({error})") from None
 
 
-def _configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
-    """The run's config as it was, and as it shall be."""
+def resumed_configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
+    """The run's config as it was, and as it shall be: with the number of generators that it was scaled to, unless the words name one.
+
+    Raises:
+        ConfigError: no run, or words that cannot be. Nonsense in the files of a wish.
+    """
     files, overrides = split_arguments(list(words))
     own = folder / "config.yaml"
     if not own.is_file():
