@@ -6,7 +6,7 @@
 | leaves          | no further ticket -> finishes what it has (timeouts.leave_s) -> ends -> its room is given back              |
 | dies            | starts again, under the limits of supervision                                                              |
 | dies, no room   | waits for room, for as long as others are at work; without any, for timeouts.batch_s                       |
-| fails too often | rests until the limits let it start again, if another one is at work; else the run ends                    |
+| fails too often | rests until the limits let it start again, if there is another one; if all others rest, too, the run ends  |
 """
 
 import asyncio
@@ -219,7 +219,7 @@ class GeneratorPool:
         return ""
 
     async def _refill(self, seat: Seat, cause: Exception) -> None:
-        """Start the generator again, as often as the limits allow; over them it rests if another one is at work."""
+        """Start the generator again, as often as the limits allow; over them it rests if another one takes part."""
         supervisor, roster = self._crew.supervisor, self._crew.roster
         comes = seat.joins and not seat.arrived.is_set()
         roster.turn(seat, Phase.RESTARTING)
@@ -230,7 +230,8 @@ class GeneratorPool:
             except (RestartLimitError, NoRoomError, *PERMANENT) as error:
                 if comes:
                     raise _GaveUp(first_line(error)) from error
-                if not isinstance(error, RestartLimitError) or not any(other.phase is Phase.AT_WORK for other in roster):
+                # Also one that restarts just now counts: if it fails by its own fault, too, its own limit ends the run.
+                if not isinstance(error, RestartLimitError) or not any(other.takes_part for other in roster if other is not seat):
                     raise
                 if seat.phase is not Phase.RESTING:
                     roster.turn(seat, Phase.RESTING)
