@@ -15,7 +15,16 @@ from tests.support.deployment import DEPLOY
 
 RECORD = 'echo "$(basename "$0") $*" >>"$SHIMS/calls"\n'
 SRUN = RECORD + "exec sleep 60\n"
-SCONTROL = RECORD + '[ "$1" = requeue ] || printf "%s\\n" node1 node2 node3\n'
+SCONTROL = f"""
+{RECORD}
+if [ "$1" != requeue ]; then
+  printf "%s\\n" node1 node2 node3
+else
+  [ -e "$RAY_AUTH_TOKEN_PATH" ] && echo "the token is still there" >>"$SHIMS/calls"
+  kill -KILL "$PPID"
+fi
+"""
+"""A job that is to queue again is killed on the spot."""
 PYTHON = """
 case "$*" in
   *token_hex*) echo -n 0123456789abcdef ;;
@@ -121,9 +130,10 @@ def test_signal_stops_the_driver_and_only_the_end_of_its_time_queues_the_job_aga
 
     job.process.send_signal(signum)
 
-    assert job.end() == 143, "the driver's own exit code"
+    assert job.end() == (-signal.SIGKILL if requeued else 143), "the driver's own exit code, unless the job goes back to the queue"
     assert job.calls.count("told") == 1
     assert ("scontrol requeue 4217" in job.calls) == requeued
+    assert "the token is still there" not in job.calls
 
 
 @pytest.mark.parametrize("code", ["1", "2"])
