@@ -213,6 +213,19 @@ def test_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_p
 
 
 @pytest.mark.long
+def test_processes_of_a_job_run_the_uploaded_checkout_whatever_is_installed_on_their_node(head: Head) -> None:
+    code = (
+        "import ray, actors, async_rlhf; ray.init(log_to_driver=False)\n"
+        "there = ray.remote(lambda: [__import__(name).__file__ for name in ('actors', 'learners', 'async_rlhf')])\n"
+        "print('imported', actors.__file__, async_rlhf.__file__, *ray.get(there.remote()))"
+    )
+    done = head.run("ray", "job", "submit", "--working-dir", ".", "--runtime-env", "deploy/runtime-env.yaml", "--", "python", "-c", code)
+
+    (line,) = [line for line in done.output.splitlines() if line.startswith("imported ")]
+    assert all("/working_dir_files/" in path for path in line.split()[1:]), line
+
+
+@pytest.mark.long
 def test_job_without_the_token_is_refused(head: Head) -> None:
     token = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
     done = Head(head.dashboard, {**head.env, **token}).run("deploy/submit.sh", "train", "conf/quickstart.yaml")

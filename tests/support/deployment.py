@@ -14,7 +14,7 @@ IN_THE_IMAGE = "/opt/async-rlhf"
 """Where the image holds the checkout."""
 ON_A_CPU = ("generator.num_gpus=0", "generator.count=1", "learner.num_gpus=0", "learner.num_ranks=1")
 """Overrides that bring a command line for GPUs down to this machine."""
-TINY = (*ON_A_CPU, "updates=3", "batch_groups=16", "task.held_out=50", "checkpoint.every_updates=0")
+TINY = (*ON_A_CPU, "updates=3", "batch_groups=16", "task.held_out=50", "checkpoint.every_updates=0", "sft.cache_dir=")
 
 
 def documents(name: str) -> list[dict[str, Any]]:

@@ -32,6 +32,11 @@ class Port(Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,15}$")]
 
 
+class Variable(Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9_]*$")]
+    value: str
+
+
 class VolumeMount(Strict):
     name: Name
     mountPath: str
@@ -40,6 +45,7 @@ class VolumeMount(Strict):
 class Container(Strict):
     name: Name
     image: str
+    env: list[Variable] = []
     ports: list[Port] = []
     resources: Resources
     volumeMounts: list[VolumeMount] = []

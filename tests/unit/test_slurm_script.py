@@ -27,7 +27,9 @@ case "$*" in
     [ -z "${DRIVER_CODE:-}" ] || exit "$DRIVER_CODE"
     touch "$SHIMS/driving"
     while :; do sleep 0.05; done ;;
-  *) cat >/dev/null ;;
+  *) # waits for as many nodes as it is told: the head, or all, by one more step
+    cat >/dev/null
+    until [ "$(grep -c " ray start " "$SHIMS/calls" 2>/dev/null)" -ge "$(($2 > 1 ? 2 : 1))" ]; do sleep 0.02; done ;;
 esac
 """
 
