@@ -59,7 +59,7 @@ async def check_folders(cluster: Cluster, plan: RunPlan) -> None:
 
 
 async def _ask(cluster: Cluster, plan: RunPlan, word: str, node: str, place: str) -> None:
-    probe = cluster.start(ActorSpec(name=f"folder_probe.{plan.session}.{node[:12]}", cls=FolderProbe, args=(), near=place))
+    probe = cluster.start(ActorSpec(name=f"folder_probe.{plan.session}.{node[:12]}", cls=FolderProbe, args=(), place=place))
     try:
         await ready(probe, plan.config.timeouts.start_s, lambda name: None)
         arguments = str(plan.run_folder), word, str(plan.model_folder)
