@@ -145,6 +145,18 @@ def report(run: Folder) -> None:
     Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def dashboard(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN ...]", help="Run folders; none: those under ./runs.")] = None,
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+) -> None:
+    """A live page about one run, or several compared; for a browser on this machine."""
+    from async_rlhf.commands.dashboard import run_dashboard
+
+    run_dashboard(runs or [], port, Console(), open_browser=open_browser)
+
+
 @app.command(name="serve-reward")
 def serve_reward(
     words: Words = None,
