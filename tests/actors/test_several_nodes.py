@@ -61,13 +61,15 @@ def ray_on(hosts: Sequence[Host], folder: Path, private: Path, *num_cpus: int) -
             if index == len(hosts) - 1:
                 line = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(private), *line]
             log = folder / f"node-{index}.log"
-            process = subprocess.Popen(host.line(*line), env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=folder)
+            with log.open("w") as stream:
+                process = subprocess.Popen(host.line(*line), env=env, stdout=stream, stderr=subprocess.STDOUT, cwd=folder)
             stack.callback(process.wait, 60)
             stack.callback(process.terminate)
             wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)  # noqa: B023
         yield address
 
 
+@pytest.mark.long
 def test_a_run_crosses_hosts_whose_addresses_and_loopbacks_are_their_own_but_not_disks(tmp_path: Path) -> None:
     """Two ranks on two hosts, over gloo; vLLM on a third; the driver, the queue and the scorer on the first."""
     folder, private = tmp_path / "run", tmp_path / "private"
@@ -79,7 +81,7 @@ def test_a_run_crosses_hosts_whose_addresses_and_loopbacks_are_their_own_but_not
 
             def train(run: Path) -> tuple[int, str]:
                 """Exit code and output of a run that the first host drives."""
-                line, env = made[0].line(*command(*words, f"run.dir={run}")), {**environment(), **OPEN, "RAY_ADDRESS": address}
+                line, env = made[0].line(*command("train", *words, f"run.dir={run}")), {**environment(), **OPEN, "RAY_ADDRESS": address}
                 done = subprocess.run(line, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=240)
                 return done.returncode, done.stdout + done.stderr
 
