@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from async_rlhf.config import Config
 from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
 
@@ -42,6 +44,8 @@ class LearnerRank:
         Args:
             checkpoint: go on from this folder, see Learner.load; None: version 0.
         """
+        from ray.util import get_node_ip_address
+
         from learners.engine import join_process_group
         from learners.learner import Learner
 
@@ -51,6 +55,7 @@ class LearnerRank:
             address=address,
             port=port,
             timeout_s=self._config.timeouts.step_s,
+            interface=_interface_of(get_node_ip_address()),
         )
         self._learner = Learner(self._config, self._folder)
         return 0 if checkpoint is None else self._learner.load(Path(checkpoint))
@@ -92,3 +97,9 @@ def open_store() -> tuple[str, int, object]:
     listener.listen()
     port = int(listener.getsockname()[1])
     return address, port, TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _interface_of(address: str) -> str:
+    """The network interface with this address; empty where there is none."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if any(entry.address == address for entry in addresses)), "")
