@@ -8,7 +8,7 @@ from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
 from actors.meters import Meters, Readings
 from actors.remote import RemoteActor
-from actors.replay_queue import Booked
+from actors.replay_queue import Booked, Fact
 from actors.supervision import Member, Supervisor
 from actors.weight_broadcaster import Published
 from async_rlhf.config import Config
@@ -38,6 +38,8 @@ class Crew:
     """Notified of each install."""
     gate: InstallGate = field(default_factory=InstallGate)
     meters: Meters = field(default_factory=Meters)
+    counters: QueueCounters | None = None
+    """The queue's, as of its last answer; None: it was not asked yet."""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -61,6 +63,10 @@ class Crew:
         published = await self.broadcaster.call("publish", version, self.learner.ranks, timeout_s=limit)
         self.published = version, self.broadcaster.actor
         return published
+
+    async def note(self, fact: Fact, config: Config) -> None:
+        """Tell the queue."""
+        self.counters = await self.queue.call("note", fact, timeout_s=config.timeouts.call_s)
 
 
 @dataclass(frozen=True, kw_only=True)

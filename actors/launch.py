@@ -79,6 +79,8 @@ class Cluster:
     """Session folder of a Ray of our own, token included; None when we joined one."""
     environment: Mapping[str, str]
     place_s: float
+    metrics_address: str = ""
+    """Where a Ray of our own shows its metrics to Prometheus; those of a cluster that we joined are known to its head."""
     _group: PlacementGroup | None = None
     _bundles: dict[str, int] = field(default_factory=dict[str, int])
     _head_lost: bool = False
@@ -249,7 +251,14 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
         local_folder=session,
         environment=environment,
         place_s=config.timeouts.place_s,
+        metrics_address="" if session is None else _metrics_address(),
     )
+
+
+def _metrics_address() -> str:
+    """Of the only node."""
+    node = ray.nodes()[0]
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> Any:
@@ -259,6 +268,7 @@ def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> 
             num_cpus=_local_cpus(config),
             object_store_memory=config.run.object_store_mib << 20,
             include_dashboard=False,
+            _metrics_export_port=config.run.metrics_port or None,
             _temp_dir=str(session),
             **settings,
         )

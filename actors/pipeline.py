@@ -81,7 +81,7 @@ async def produce(generator: Member, crew: Crew, config: Config) -> None:
                 await guarded(work, _refresh(actor, crew, config, flow), crew.supervisor.watch(actor))
             except BROKEN as error:
                 crew.installs.pop(actor.name, None)
-                await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
+                await crew.note(HolderGone(holder=actor.name), config)
                 await generator.replace(actor, error)
 
 
@@ -103,10 +103,12 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
         taken = time.perf_counter()
         limit = config.timeouts.call_s
         shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
-        reports = await crew.learner.train_step(version, shards)
+        with crew.meters.train.working():
+            reports = await crew.learner.train_step(version, shards)
         trained = time.perf_counter()
         published = await crew.publish(version + 1, config)
         booked = await crew.queue.call("trained", version, published.digest, published.canary_logprobs, timeout_s=limit)
+        crew.counters = booked.counters
         await on_update(
             UpdateRecord(
                 summary=summary,
@@ -135,6 +137,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
         answer: NextBatch | None = await _unless(crew.stopping, call)
         if answer is None:
             return None
+        crew.counters = answer.counters
         if answer.summary is not None or answer.closed:
             return answer.summary
         waited_s += time.monotonic() - asked
@@ -215,7 +218,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
         except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
             await crew.broadcaster.replace(broadcaster, error)
             continue
-        await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
+        await crew.note(Installed(holder=actor.name, version=report.version), config)
         await flow.change(installed=report.version)
         async with crew.installed:
             crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
@@ -224,7 +227,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
 
 async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: Config) -> None:
     """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
-    await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
+    await crew.note(WithScorer(tickets=tuple(tickets)), config)
     if not await _try_score(groups_ref, None, crew, config):
         crew.meters.score.through(len(tickets))
         return
@@ -232,7 +235,7 @@ async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config:
         reason = await _try_score(groups_ref, index, crew, config)
         crew.meters.score.through(0 if reason else 1)
         if reason:
-            await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
+            await crew.note(ScoringFailed(tickets=(ticket,), reason=reason), config)
 
 
 async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:

@@ -207,6 +207,8 @@ class BatchSummary:
     staleness_max: int
     """The largest staleness of any token in the batch, updates."""
     metrics: Mapping[str, float]
+    staleness: tuple[int, ...] = ()
+    """Of each group, updates."""
     moments: ScoreMoments = field(default_factory=ScoreMoments)
     """Of all scores up to this batch, it included."""
 
@@ -232,6 +234,7 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
         ticket_ids=tuple(scored.group.ticket.ticket_id for scored in batch.groups),
         prompt_ids=prompt_ids,
         staleness_max=max(staleness),
+        staleness=staleness,
         metrics={
             "reward/mean": float(np.concatenate(sampled_scores).mean() if sampled_scores else scores.mean()),
             "reward/batch_mean": float(scores.mean()),

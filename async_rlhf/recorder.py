@@ -8,6 +8,7 @@ report.html      the page for people            model/          the final policy
 origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
 config-until-N.yaml the config that session N changed
 LOCK             held by the living driver      heartbeat       touched by it
+prometheus.json  where the metrics of a living run's own Ray are scraped
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion
 export/          what `async-rlhf export` wrote, by version
@@ -118,6 +119,12 @@ class Recorder:
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     """The machine-readable last word of a run."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def write_targets(folder: Path, address: str) -> None:
+    """Tell Prometheus where a run's own Ray shows its metrics, as its `file_sd_configs` want it; an empty address: nowhere, any more."""
+    targets = [{"targets": [address], "labels": {"job": "async_rlhf"}}] if address else []
+    write_atomically(folder / "prometheus.json", json.dumps(targets) + "\n")
 
 
 def write_origin(plan: RunPlan) -> None:

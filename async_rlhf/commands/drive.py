@@ -32,7 +32,7 @@ from async_rlhf.evaluation_summary import summarize_evaluations
 from async_rlhf.model_card import write_card
 from async_rlhf.opponents import sample_opponent
 from async_rlhf.progress import Progress
-from async_rlhf.recorder import Recorder, write_summary
+from async_rlhf.recorder import Recorder, write_summary, write_targets
 from async_rlhf.report import write_report
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.state import TrainingState, write_atomically
@@ -107,12 +107,14 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     try:
         with on_ray(plan.config, plan.run_id, watcher.stage, logs=folder / "logs") as cluster:
             _write_ray_address(folder, cluster.address, cluster.namespace)
+            write_targets(folder, cluster.metrics_address)
             sample_opponent(plan.config, folder, watcher.stage)
             _run(plan, cluster, accounts, watcher)
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # the run's boundary: whatever happened, the folder tells it
         end = end_of(error)
         if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
             (folder / "error.txt").write_text(f"{traceback.format_exc()}\n{_who_waits()}\n", encoding="utf-8")
+    write_targets(folder, "")
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
     summary = _summary(plan, accounts, end, time.perf_counter() - started_s)
     return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped)}

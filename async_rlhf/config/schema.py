@@ -28,6 +28,8 @@ class RunConfig:
     """Logical CPUs of a local Ray; 0: what the actors ask for, or the machine's cores if those are more."""
     object_store_mib: int = number(256, ge=80, le=1 << 20)
     """Ray's shared memory on a local run, MiB."""
+    metrics_port: int = number(0, ge=0, le=65535)
+    """Port of a local Ray's metrics, for Prometheus; 0: any free one, which RUN/prometheus.json names."""
 
 
 @dataclass(frozen=True)
