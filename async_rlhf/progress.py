@@ -13,6 +13,9 @@ from async_rlhf.state import TrainingState
 
 Row = Mapping[str, float]
 
+VERDICT_EVERY = 20
+"""Updates between two verdicts in a log."""
+
 
 class Progress:
     """Shows stages and updates on a console. Use as a context manager."""
@@ -35,17 +38,19 @@ class Progress:
         """One line with the seconds since the start."""
         self._console.print(f"[{time.perf_counter() - self._started_s:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def update(self, row: Row, state: TrainingState) -> None:
-        """An update is through."""
+    def update(self, row: Row, state: TrainingState, verdict: str = "") -> None:
+        """An update is through. In a log the verdict stands below every VERDICT_EVERY-th one."""
         if not self._console.is_terminal:
             self.stage(describe(row, self._num_updates))
+            if verdict and row["version"] % VERDICT_EVERY == 0:
+                self.stage(f"verdict: {verdict}")
             return
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=4)
             self._live.start()
-        self._live.update(self._panel(row, state))
+        self._live.update(self._panel(row, state, verdict))
 
-    def _panel(self, row: Row, state: TrainingState) -> Group:
+    def _panel(self, row: Row, state: TrainingState, verdict: str) -> Group:
         table = Table.grid(padding=(0, 2))
         for cells in (
             ("update", f"{state.version} / {self._num_updates}", "ETA", _duration(eta_s(row, self._num_updates))),
@@ -55,7 +60,8 @@ class Progress:
             ("learner", f"{row['train/tokens_per_s']:,.0f} tokens/s", "idle", f"{row['train/idle_share']:.0%}"),
         ):
             table.add_row(*(Text(cell, style="bold" if index % 2 == 0 else "") for index, cell in enumerate(cells)))
-        return Group(table, ProgressBar(total=self._num_updates, completed=state.version, width=60))
+        bar = ProgressBar(total=self._num_updates, completed=state.version, width=60)
+        return Group(table, bar, *([Text(verdict, style="italic")] if verdict else []))
 
 
 def describe(row: Row, num_updates: int) -> str:

@@ -18,7 +18,9 @@ from async_rlhf.report_curves import render_curves
 from async_rlhf.report_evaluations import render_evaluations
 from async_rlhf.report_samples import GRADED, changes, kinds_of, render_samples
 from async_rlhf.report_text import UNKNOWN, known, short, table_row, visible
+from async_rlhf.run_verdict import verdict_of_folder
 from async_rlhf.state import TrainingState, read_state, write_atomically
+from async_rlhf.verdict import Verdict
 
 SECRET = re.compile(r"^(\s+[A-Z0-9_]*(?:TOKEN|KEY|SECRET|PASSWORD)[A-Z0-9_]*: ).*$", re.MULTILINE)
 """An environment variable that is named like a secret loses its value: reports are passed around."""
@@ -73,6 +75,8 @@ class RunRecord:
     """At the start, and the newest since; None unless the run got through both."""
     findings: Sequence[Mapping[str, Any]]
     """The rows of evaluations.jsonl; none in a run that has none."""
+    verdict: Verdict | None
+    """None where the config is not one that this version reads."""
     earlier_configs: Mapping[int, str]
     """Session -> the config that held until a resume changed it."""
 
@@ -104,6 +108,7 @@ def _read_record(folder: Path) -> RunRecord:
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
         evaluations=_before_and_after(folder),
         findings=read_evaluations(folder),
+        verdict=verdict_of_folder(folder),
         earlier_configs=earlier_configs(folder),
     )
 
@@ -155,6 +160,7 @@ def _header(run: RunRecord, algorithm: str) -> str:
         f"&ensp;{visible(algorithm)} &middot; update {state.version} of {state.num_updates} &middot; "
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(state.updated_at))}</p>"
         + (f'<p class="error {colour}">{short(error)}</p>' if error else "")
+        + (f'<p id="verdict"><b>Verdict</b> {visible(run.verdict.text)}</p>' if run.verdict else "")
         + f'<h2>Before and after</h2><p class="lead">{lead}</p>'
     )
 

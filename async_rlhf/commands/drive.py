@@ -35,7 +35,9 @@ from async_rlhf.progress import Progress
 from async_rlhf.recorder import Recorder, write_summary, write_targets
 from async_rlhf.report import write_report
 from async_rlhf.run_plan import RunPlan
+from async_rlhf.run_verdict import RunningVerdict, own_cores
 from async_rlhf.state import TrainingState, write_atomically
+from async_rlhf.verdict import Bottleneck
 
 if TYPE_CHECKING:
     from actors.accounts import Accounts
@@ -51,7 +53,7 @@ PHASES = {EXIT_OK: "finished", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED:
 def drive(plan: RunPlan, console: Console) -> int:
     """Run; returns the process's exit code: 0, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     with Progress(console, plan.config.updates) as progress, closing(Recorder(plan.run_folder)) as recorder:
-        code, summary = _execute(plan, _Watcher(progress, recorder))
+        code, summary = _execute(plan, _Watcher(progress, recorder, RunningVerdict(plan.config, own_cores(plan.config))))
     write_summary(plan.run_folder, summary)
     if code == EXIT_OK:
         write_card(plan.run_folder, plan.config, plan.model_folder)
@@ -63,8 +65,11 @@ def drive(plan: RunPlan, console: Console) -> int:
 class _Watcher:
     """Passes what happens on to the screen and to the run folder."""
 
-    def __init__(self, progress: Progress, recorder: Recorder) -> None:
+    def __init__(self, progress: Progress, recorder: Recorder, running: RunningVerdict) -> None:
         self._progress = progress
+        self._running = running
+        self.verdict = ""
+        """The last one; empty: too little is known."""
         self.recorder = recorder
         self.evaluations_dropped: Counter[str] = Counter()
         """By this driver: reason -> count."""
@@ -74,7 +79,9 @@ class _Watcher:
 
     def update(self, row: Mapping[str, float], state: TrainingState) -> None:
         self.recorder.write(row)
-        self._progress.update(row, state)
+        verdict = self._running.add(row)
+        self.verdict = "" if verdict.bottleneck is Bottleneck.UNKNOWN else verdict.text
+        self._progress.update(row, state, self.verdict)
 
     def rewound(self, version: int) -> None:
         self.recorder.cut_after(version)
@@ -117,7 +124,7 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     write_targets(folder, "")
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
     summary = _summary(plan, accounts, end, time.perf_counter() - started_s)
-    return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped)}
+    return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped), "verdict": watcher.verdict or None}
 
 
 def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> None:
@@ -225,5 +232,7 @@ def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> 
             f"{summary['generator_idle_share']:.0%}, learner idle {summary['learner_idle_share']:.0%}, both at work at once at least "
             f"{max(0.0, 1 - summary['generator_idle_share'] - summary['learner_idle_share']):.0%} of it"
         )
+        if summary["verdict"]:
+            say(f"verdict: {summary['verdict']}")
         say(f"policy: {summary['model']}")
     say(f"report: {folder / 'report.html'}")

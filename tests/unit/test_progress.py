@@ -27,12 +27,12 @@ STATE = TrainingState(
 LINE = "update 20/80 reward 0.438 kl 0.062 staleness 0.75/1 queue 6 generator 1234 tok/s idle 12% learner 5678 tok/s idle 50% eta 2:30"
 
 
-def written(terminal: bool, *, stage: str | None = None) -> str:
+def written(terminal: bool, *, stage: str | None = None, version: int = 20, verdict: str = "") -> str:
     """What a console gets from one update, or from one stage."""
     out = io.StringIO()
     with Progress(Console(file=out, force_terminal=terminal, width=100, color_system=None), num_updates=80) as progress:
         if stage is None:
-            progress.update(ROW, STATE)
+            progress.update(ROW | {"version": version}, STATE, verdict)
         else:
             progress.stage(stage)
     return out.getvalue()
@@ -64,6 +64,15 @@ def test_a_terminal_gets_a_panel_with_the_same_numbers():
         "50%",
     ):
         assert piece in text, piece
+
+
+def test_a_terminal_gets_the_verdict_with_every_update():
+    assert "generation-bound" in written(terminal=True, version=19, verdict="generation-bound")
+
+
+def test_a_log_gets_the_verdict_with_every_twentieth_update():
+    assert written(terminal=False, verdict="balanced").endswith(" s] verdict: balanced\n")
+    assert "verdict" not in written(terminal=False, version=21, verdict="balanced")
 
 
 @pytest.mark.parametrize("text", ["[bold]not bold[/bold]", "a [/] that closes nothing", "[link=http://x]click[/link]", "runs/[1]"])

@@ -69,6 +69,19 @@ def run_folder(path: Path, *, updates: int = 3, config: str = CONFIG, **state: A
     return path
 
 
+def test_the_page_holds_the_verdict_where_enough_is_known(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    few = page_of(folder)
+    rows = [
+        {"version": version, "time_s": version, "queue/wait_s": 0.5, "train/step_s": 0.5, "generate/idle_share": 0.05}
+        for version in range(1, 9)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert "too little is known yet" in few
+    assert "<b>Verdict</b> learner idle 50 %: generation-bound; 1 -&gt; 2 generators would give about 1.9x" in page_of(folder)
+
+
 def finished(path: Path, *, updates: int = 3) -> Path:
     folder = run_folder(path, updates=updates, phase="finished")
     write_summary(folder, summary())
