@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import ray
 from ray.util.metrics import Gauge, Histogram
 
 from actors.crew import Crew, UpdateRecord
 from actors.engine_loop import EngineUsage
+from actors.launch import Cluster
 from actors.meters import Reading
 from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, rates
 from async_rlhf.config import Config
@@ -61,6 +63,14 @@ class RayInstruments:
             declared = EXPORTED[name]
             self._histograms[name] = Histogram(name, declared.meaning, boundaries=list(declared.boundaries), tag_keys=("run",))
         self._histograms[name].observe(value, tags=self._run)
+
+
+def metrics_address(cluster: Cluster) -> str:
+    """Where a Ray of our own, which has one node, shows its metrics; empty for a cluster that we joined: its head tells Prometheus."""
+    if cluster.local_folder is None:
+        return ""
+    node = ray.nodes()[0]
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 class Exporter:

@@ -79,8 +79,6 @@ class Cluster:
     """Session folder of a Ray of our own, token included; None when we joined one."""
     environment: Mapping[str, str]
     place_s: float
-    metrics_address: str = ""
-    """Where a Ray of our own shows its metrics to Prometheus; those of a cluster that we joined are known to its head."""
     _group: PlacementGroup | None = None
     _bundles: dict[str, int] = field(default_factory=dict[str, int])
     _head_lost: bool = False
@@ -251,14 +249,7 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
         local_folder=session,
         environment=environment,
         place_s=config.timeouts.place_s,
-        metrics_address="" if session is None else _metrics_address(),
     )
-
-
-def _metrics_address() -> str:
-    """Of the only node."""
-    node = ray.nodes()[0]
-    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> Any:
