@@ -2,15 +2,16 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Test files at once: much of a run on real parts is waiting for processes to start.
+WORKERS := 2
 
 .PHONY: demo test setup lint bench clean
 
 demo: setup            ## Train a small policy asynchronously, on the real vLLM, DeepSpeed and Ray
 	$(PY) -m async_rlhf train conf/quickstart.yaml $(ARGS)
 
-test: setup            ## All tests; `make test ARGS="-m 'not slow'"` for the quick ones
-	$(PY) -m pytest -n 2 tests/unit $(ARGS)
-	$(PY) -m pytest --ignore=tests/unit $(ARGS)
+test: setup            ## All tests; `make test ARGS="-m 'not slow'"` for the quick ones, WORKERS=1 where memory is short
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff format --check .

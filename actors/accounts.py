@@ -122,6 +122,7 @@ class Accounts:
             checkpoint=self.checkpoint,
             weights_version=self.updates,
             queue=dict(self.queue),
+            dropped=dict(self.dropped),
             score_moments=self.score_moments,
             actors=dict(self.health),
             updated_at=time.time(),

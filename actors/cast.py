@@ -8,6 +8,7 @@ from actors.crew import Crew
 from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
+from actors.placement import HERE
 from actors.replay_queue import ReplayQueue
 from actors.reward import Rater
 from actors.scorer import Scorer
@@ -51,16 +52,16 @@ class Cast:
         self.generators = [Member(supervisor, name, generator(name)) for name in _numbered("generator", config.generator.count)]
         self.scorers = [Member(supervisor, name, scorer(name)) for name in _numbered("scorer", config.scorer.count)]
         self.rewards = [Member(supervisor, name, rater(name)) for name in _numbered("reward", config.reward.count)]
-        self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args))
+        self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args, near=HERE))
         self.broadcaster = Member(
             supervisor,
             "weight_broadcaster",
-            lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s,)),
+            lambda name: ActorSpec(name=name, cls=WeightBroadcaster, args=(config.timeouts.weights_s,), near="learner-0"),
         )
         self.state = Member(
             supervisor,
             "training_state",
-            lambda name: ActorSpec(name=name, cls=TrainingStateStore, args=(str(plan.run_folder), name)),
+            lambda name: ActorSpec(name=name, cls=TrainingStateStore, args=(str(plan.run_folder), name), near=HERE),
         )
 
     @property
@@ -76,7 +77,7 @@ class Cast:
         """
         plan, cluster = self._plan, self._supervisor.cluster
         shapes = shapes_of_folder(plan.model_folder)
-        check_room(shapes, plan.config.generator.dtype, KEPT_VERSIONS, cluster.object_store_bytes())
+        check_room(shapes, plan.config.generator.dtype, KEPT_VERSIONS, cluster.object_store_bytes)
         specs = [member.next_spec() for member in self.members]
         ranks = self.learner.next_specs()
         await cluster.reserve([*specs, *ranks])

@@ -8,7 +8,6 @@ import asyncio
 import math
 import os
 import shutil
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.placement import Placement
 from actors.remote import CONTROL_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
+from async_rlhf.demand import demands_of, total
 from async_rlhf.errors import ConfigError, HeadLostError, JournalError, JournalLockedError, RunError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -30,6 +29,7 @@ PERMANENT = (ConfigError, JournalError)
 """What keeps an actor from starting however often it is tried."""
 
 SHRINK = "lower generator.count, learner.num_ranks, scorer.count, reward.count or their num_cpus / num_gpus, or add nodes"
+"""What the user of a run may do about a cluster that is too small."""
 
 HEAD_PROBE_S = 5.0
 """Between two looks at Ray's head; and how long one may take."""
@@ -62,11 +62,13 @@ class ActorSpec:
     """Threads of a plain actor; None: one, or Ray's default for one with coroutines."""
     place: str = ""
     """Which reserved place it takes; empty: `name`. A restarted actor takes that of the one before."""
+    group: str = ""
+    """Places of one group are packed onto few nodes; empty: the place is on its own."""
+    near: str = ""
+    """Of an actor that reserves nothing: the place, or placement.HERE, on whose node it best is; empty: anywhere."""
 
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What it reserves."""
-        return {kind: amount for kind, amount in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if amount > 0}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", self.place or self.name)
 
 
 @dataclass
@@ -78,9 +80,7 @@ class Cluster:
     local_folder: Path | None
     """Session folder of a Ray of our own, token included; None when we joined one."""
     environment: Mapping[str, str]
-    place_s: float
-    _group: PlacementGroup | None = None
-    _bundles: dict[str, int] = field(default_factory=dict[str, int])
+    placement: Placement
     _head_lost: bool = False
     _actors: list[RemoteActor] = field(default_factory=list[RemoteActor])
 
@@ -88,27 +88,35 @@ class Cluster:
         """Reserve room for all actors at once: one that cannot be placed would wait without a word.
 
         Args:
+            specs: before `start`; each is known by its `place`, which must be new.
             remedy: what its user may do about a cluster that is too small.
 
         Raises:
             ConfigError: the cluster is too small, or has no room free in time.
         """
-        placed = [spec for spec in specs if spec.bundle]
-        needed = {kind: sum(spec.bundle.get(kind, 0.0) for spec in placed) for kind in ("CPU", "GPU")}
-        total = ray.cluster_resources()
-        if any(needed[kind] > total.get(kind, 0.0) for kind in needed):
-            raise ConfigError(_too_small(needed, total, "has", remedy))
-        if not placed:
-            return
-        self._group = placement_group([spec.bundle for spec in placed], strategy="PACK")
-        self._bundles = {spec.place or spec.name: index for index, spec in enumerate(placed)}
-        ends = time.monotonic() + self.place_s
-        # In short waits: a thread cannot be cancelled, and Ctrl-C must not wait for it.
-        while not await asyncio.to_thread(self._group.wait, 1.0):
-            if time.monotonic() < ends:
-                continue
-            free = ray.available_resources()
-            raise ConfigError(_too_small(needed, free, f"had, for {self.place_s:g} s (timeouts.place_s), free only", remedy))
+        await self.placement.reserve(specs, remedy)
+
+    async def reserve_more(self, spec: ActorSpec, timeout_s: float) -> None:
+        """Reserve room for one more actor while the others live; then `start` it, as any other.
+
+        Raises:
+            NoRoomError: there is none in time; nothing stays reserved.
+        """
+        await self.placement.reserve_more(spec, timeout_s)
+
+    def release(self, place: str) -> None:
+        """Give back the room of a place whose actor has left for good; ends an actor that still lives there. Unknown ones are none."""
+        self.placement.release(place)
+
+    async def placed(self, spec: ActorSpec, timeout_s: float | None = None) -> None:
+        """Wait until the actor's place is on a living node again, if its node was lost; Ray looks for another one by itself.
+
+        Args:
+            timeout_s: None: timeouts.place_s; 0: only look.
+        Raises:
+            NoRoomError: no node had room in time.
+        """
+        await self.placement.placed(spec.place, timeout_s)
 
     async def watch_head(self) -> None:
         """Look whether Ray's head still takes connections, for as long as it does.
@@ -130,6 +138,7 @@ class Cluster:
         self._head_lost = True
         raise HeadLostError(f"Ray's head (GCS) at {self.address} has taken no connection for {silent_s:g} s: the cluster is gone")
 
+    @property
     def object_store_bytes(self) -> float:
         """The smallest object store of any node."""
         return min(node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"])
@@ -145,10 +154,7 @@ class Cluster:
         }
         if spec.max_concurrency is not None:
             options["max_concurrency"] = spec.max_concurrency
-        place = spec.place or spec.name
-        if place in self._bundles:
-            assert self._group is not None, "reserve() comes before start()"
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._bundles[place])
+        options["scheduling_strategy"] = self.placement.strategy(spec.place, spec.near)
         remote: Any = ray.remote  # its stubs know no concurrency groups
         actor = RemoteActor(remote(concurrency_groups={CONTROL_GROUP: 1})(spec.cls).options(**options).remote(*spec.args), spec.name)
         self._actors.append(actor)
@@ -177,9 +183,7 @@ class Cluster:
             for actor in self._actors:
                 with suppress(Exception):
                     kill(actor)
-            with suppress(Exception):
-                if self._group is not None:
-                    remove_placement_group(self._group)
+            self.placement.close()
         ray.shutdown()
 
 
@@ -225,8 +229,11 @@ async def first_failure(*awaitables: Awaitable[Any]) -> None:
         raise leaf(group) from None
 
 
-def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
+def connect(config: Config, run_id: str, session: Path | None, say: Callable[[str], None] = lambda line: None) -> Cluster:
     """Start a Ray of our own in `session`, or, without one, join the cluster of this job or of RAY_ADDRESS.
+
+    Args:
+        say: gets a line now and then while the run waits for room.
 
     Raises:
         RunError: there is no Ray at RAY_ADDRESS.
@@ -248,7 +255,7 @@ def connect(config: Config, run_id: str, session: Path | None) -> Cluster:
         address=str(context.address_info["address"]),
         local_folder=session,
         environment=environment,
-        place_s=config.timeouts.place_s,
+        placement=Placement(config.timeouts.place_s, autoscales=config.run.autoscale, say=say),
     )
 
 
@@ -271,19 +278,7 @@ def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> 
 
 def _local_cpus(config: Config) -> int:
     """Logical CPUs: enough for what the actors ask for, so that a small machine can host any number of them."""
-    asked = (
-        config.generator.count * config.generator.num_cpus
-        + config.scorer.count * config.scorer.num_cpus
-        + config.reward.count * config.reward.num_cpus
-        + config.learner.num_ranks * config.learner.num_cpus
-    )
-    return config.run.local_cpus or max(math.ceil(asked), os.cpu_count() or 1)
-
-
-def _too_small(needed: Mapping[str, float], there: Mapping[str, float], verb: str, remedy: str) -> str:
-    asked = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
-    held = ", ".join(f"{there.get(kind, 0.0):g} {kind}" for kind in needed)
-    return f"the run asks for {asked}, but the Ray cluster {verb} {held}; {remedy}"
+    return config.run.local_cpus or max(math.ceil(total(demands_of(config))["CPU"]), os.cpu_count() or 1)
 
 
 def leaf(group: BaseException) -> BaseException:

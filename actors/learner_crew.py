@@ -66,6 +66,7 @@ class LearnerCrew:
             ActorSpec(
                 name=f"learner-{rank}.{incarnation}",
                 place=f"learner-{rank}",
+                group="learner",
                 cls=self._parts.rank_class,
                 args=(self._config, str(self._plan.model_folder), rank),
                 num_cpus=settings.num_cpus,
@@ -85,7 +86,7 @@ class LearnerCrew:
         """Start all ranks again from the newest whole checkpoint; returns its version.
 
         Raises:
-            RestartLimitError: the group keeps failing.
+            RestartLimitError: the group keeps failing. NoRoomError: a node was lost, and there is no other.
         """
         await self._supervisor.replace("learner", cause, self._start_again)
         return self._version
@@ -117,7 +118,10 @@ class LearnerCrew:
     async def _start_again(self) -> None:
         for rank in self.ranks:
             kill_process(rank)
-        started = [self._supervisor.cluster.start(spec) for spec in self.next_specs()]
+        specs, cluster = self.next_specs(), self._supervisor.cluster
+        for spec in specs:
+            await cluster.placed(spec)
+        started = [cluster.start(spec) for spec in specs]
         try:
             await first_failure(*(ready(actor, self._config.timeouts.start_s, lambda name: None) for actor in started))
             checkpoint, _ = newest(self._plan.run_folder)

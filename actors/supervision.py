@@ -15,7 +15,7 @@ from actors.launch import PERMANENT, ActorSpec, Cluster, leaf, ready
 from actors.remote import RemoteActor, kill_process
 from actors.wait_graph import WAITS
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, RestartLimitError, WeightsError
+from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, NoRoomError, RestartLimitError, WeightsError
 
 LOST = (ActorLostError, DeadlineError)
 """A call to an actor ended like this: the actor is gone, or as good as gone."""
@@ -44,7 +44,10 @@ class Supervisor:
         self._recent: defaultdict[str, deque[float]] = defaultdict(deque)
 
     async def begin(self, spec: ActorSpec) -> RemoteActor:
-        """Start an actor and wait until it is there; one that is not in time is killed, or it could take somebody's place later."""
+        """Start an actor, once there is room for it, and wait until it is there; one that is not in time is killed, or it could take
+        somebody's place later.
+        """
+        await self.cluster.placed(spec)
         actor = self.cluster.start(spec)
         try:
             await ready(actor, self._start_s, lambda name: None)
@@ -57,7 +60,7 @@ class Supervisor:
         """Fill a place again by `start`, as often as the limits allow.
 
         Raises:
-            RestartLimitError: they do not, any more. Names the last cause.
+            RestartLimitError: they do not, any more. Names the last cause. NoRoomError: the node was lost, and there is no other.
         """
         lost_at = time.time()
         while True:
@@ -66,7 +69,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 await start()
-            except (RestartLimitError, *PERMANENT):
+            except (RestartLimitError, NoRoomError, *PERMANENT):
                 raise
             except Exception as error:  # whatever keeps it from starting counts, and the limit ends it
                 cause, lost_at = error, time.time()

@@ -23,12 +23,15 @@ Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 @app.command()
-def train(words: Words = None) -> None:
+def train(
+    words: Words = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Where run.dir holds a run already, go on with that.")] = False,
+) -> None:
     """Train a policy; see conf/quickstart.yaml."""
-    from async_rlhf.commands.train import run_train
+    from async_rlhf.commands.train import run_or_resume, run_train
 
     _require_application()
-    raise typer.Exit(run_train(_load(words), Console()))
+    raise typer.Exit((run_or_resume if resume else run_train)(_load(words), Console()))
 
 
 @app.command()
@@ -142,6 +145,18 @@ def report(run: Folder) -> None:
     Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def dashboard(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN ...]", help="Run folders; none: those under ./runs.")] = None,
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+) -> None:
+    """A live page about one run, or several compared; for a browser on this machine."""
+    from async_rlhf.commands.dashboard import run_dashboard
+
+    run_dashboard(runs or [], port, Console(), open_browser=open_browser)
+
+
 @app.command(name="serve-reward")
 def serve_reward(
     words: Words = None,
@@ -210,8 +225,8 @@ def _require_application() -> None:
             module = import_module(name)
         except ModuleNotFoundError:
             raise ConfigError(
-                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout, or "
-                "install one with `pip install -e .`"
+                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout "
+                "(as a job: --working-dir .), or install one with `pip install -e .`"
             ) from None
         place = Path(str(module.__file__)).resolve().parent
         if place != checkout / name:

@@ -14,6 +14,7 @@
         |-- ObjectLostError    what one process handed to another is gone with its owner or its node
         |-- LearnerLostError   the learner group lost a rank, and with it what it had not saved
         |-- RestartLimitError  an actor keeps failing
+        |-- NoRoomError        the cluster has no room for an actor that was lost, or is to join
         |-- RewardLostError    the service that scores cannot be reached
         |-- HeadLostError      Ray itself is gone
         |-- StageStopped       a stage before reinforcement learning was asked to stop, and wrote a checkpoint
@@ -78,6 +79,10 @@ class LearnerLostError(RunError):
 
 class RestartLimitError(RunError):
     """An actor failed more often than `supervision.max_restarts` allows."""
+
+
+class NoRoomError(RunError):
+    """The cluster has no room for an actor: its node was lost and no other one has any, or it is to join the others."""
 
 
 class RewardLostError(RunError):

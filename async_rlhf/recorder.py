@@ -64,9 +64,13 @@ def earlier_configs(folder: Path) -> dict[int, str]:
 
 def without_secrets(config: Config) -> Config:
     """The config with the values of `env` hidden whose names look like a secret's; secrets belong in the environment."""
-    marks = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-    env = {name: HIDDEN if any(mark in name.upper() for mark in marks) else value for name, value in config.env.items()}
+    env = {name: HIDDEN if is_secret(name) else value for name, value in config.env.items()}
     return replace(config, env=env)
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable's name says that its value is nobody's business."""
+    return any(mark in name.upper() for mark in ("TOKEN", "KEY", "SECRET", "PASSWORD"))
 
 
 class Sink(Protocol):

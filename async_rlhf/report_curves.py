@@ -64,16 +64,16 @@ def running_mean(values: Values, window: int) -> Values:
     return np.where(num > 0, (sums[last] - sums[first]) / np.maximum(num, 1), np.nan)
 
 
-def thin(values: Values, *, peaks: bool) -> Values:
-    """At most MAX_POINTS values: the last of each stretch, or its maximum. The last value always stays."""
-    ends = _ends(len(values))
+def thin(values: Values, *, peaks: bool, max_points: int = MAX_POINTS) -> Values:
+    """At most `max_points` values: the last of each stretch, or its maximum. The last value always stays."""
+    ends = _ends(len(values), max_points)
     if not peaks:
         return values[ends]
     return np.fmax.reduceat(values, np.concatenate([[0], ends[:-1] + 1]))
 
 
-def _ends(num: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.arange(num - 1, -1, -math.ceil(num / MAX_POINTS))[::-1]
+def _ends(num: int, max_points: int = MAX_POINTS) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.arange(num - 1, -1, -math.ceil(num / max_points))[::-1]
 
 
 def _series(rows: Sequence[Row], key: str) -> Values:
@@ -81,12 +81,13 @@ def _series(rows: Sequence[Row], key: str) -> Values:
     return np.where(np.abs(values) < DRAWABLE, values, np.nan)
 
 
-def _window(num_rows: int) -> int:
+def smoothing_window(num_rows: int) -> int:
+    """Updates that a running mean covers."""
     return max(5, num_rows // 20)
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    notes = [f"x axis: policy version, the number of completed updates. Running means cover {_window(len(rows))} updates."]
+    notes = [f"x axis: policy version, the number of completed updates. Running means cover {smoothing_window(len(rows))} updates."]
     if len(rows) > MAX_POINTS:
         stretch = math.ceil(len(rows) / MAX_POINTS)
         notes.append(f"Of {len(rows)} updates one in {stretch} is drawn; maxima, gradient norms and install times keep their peaks.")
@@ -145,7 +146,7 @@ def _plot(axes: "Axes", curve: Curve, line: Line, versions: Values, values: Valu
     width, alpha = (1.0, 0.4) if curve.smoothed else (1.4, 1.0)
     axes.plot(x, y, color=colour, linewidth=width, alpha=alpha, marker=marker, markersize=2.5, gid=f"{curve.name}:{line.key}")
     if curve.smoothed:
-        smooth = thin(running_mean(values, _window(len(values))), peaks=False)
+        smooth = thin(running_mean(values, smoothing_window(len(values))), peaks=False)
         axes.plot(x, smooth, color=colour, linewidth=2.0, gid=f"{curve.name}:{line.key}:smoothed")
 
 

@@ -28,6 +28,18 @@ def changes(start: Evaluation, final: Evaluation) -> Iterator[tuple[str, Sample,
             yield better if after.score > before.score else worse, before, after
 
 
+def choose(evaluations: tuple[Evaluation, Evaluation], max_samples: int) -> tuple[list[tuple[str, Sample, Sample]], dict[str, int]]:
+    """What to show of two evaluations, as `changes` gives it, changed ones first, by kind; and how many of each kind there are."""
+    kinds, pairs = kinds_of(evaluations), list(changes(*evaluations))
+    by_kind = {kind: [pair for pair in pairs if pair[0] == kind] for kind in kinds}
+    # Better and worse by turns, so that many of one do not hide the few of the other.
+    better, worse, *same = by_kind.values()
+    changed = [pair for turn in zip_longest(better, worse) for pair in turn if pair is not None]
+    rest = [pair for of_kind in same for pair in of_kind]
+    chosen = sorted((changed + rest)[:max_samples], key=lambda pair: [*kinds].index(pair[0]))
+    return chosen, {kind: len(of_kind) for kind, of_kind in by_kind.items()}
+
+
 def render_samples(evaluations: tuple[Evaluation, Evaluation] | None) -> str:
     """A table of prompts, references, and completions with their scores; those that changed come first.
 
@@ -36,23 +48,18 @@ def render_samples(evaluations: tuple[Evaluation, Evaluation] | None) -> str:
     """
     if evaluations is None:
         return '<p class="note">No completions to show yet: they are written with the first evaluation after the start.</p>'
-    kinds, pairs = kinds_of(evaluations), list(changes(*evaluations))
-    by_kind = {kind: [pair for pair in pairs if pair[0] == kind] for kind in kinds}
-    # Better and worse by turns, so that many of one do not hide the few of the other.
-    better, worse, *same = by_kind.values()
-    changed = [pair for turn in zip_longest(better, worse) for pair in turn if pair is not None]
-    rest = [pair for of_kind in same for pair in of_kind]
-    chosen = sorted((changed + rest)[:MAX_SAMPLES], key=lambda pair: [*kinds].index(pair[0]))
+    kinds = kinds_of(evaluations)
+    chosen, num_of_kind = choose(evaluations, MAX_SAMPLES)
     body = "".join(
         f'<tr><td><span class="{kinds[kind]}">{kind}</span></td><td>{folded(start.prompt)}</td><td>{folded(start.expected)}</td>'
         f"<td>{_answer(start)}</td><td>{_answer(final)}</td></tr>"
         for kind, start, final in chosen
     )
-    counts = ", ".join(f"{len(by_kind[kind])} {kind}" for kind in kinds)
+    counts = ", ".join(f"{num} {kind}" for kind, num in num_of_kind.items())
     before, after = _when(evaluations[0], "before"), _when(evaluations[1], "after")
     head = f'<tr><th style="width: 7.5em"></th><th>prompt</th><th>reference</th><th>{before}</th><th>{after}</th></tr>'
     return (
-        f'<p class="note">{len(chosen)} of {len(pairs)} held-out prompts ({counts}); those that changed come first.</p>'
+        f'<p class="note">{len(chosen)} of {sum(num_of_kind.values())} held-out prompts ({counts}); those that changed come first.</p>'
         f'<div class="card scroll"><table class="samples"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
     )
 

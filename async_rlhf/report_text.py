@@ -15,7 +15,12 @@ UNKNOWN = '<span class="muted">not known</span>'
 
 def visible(text: str) -> str:
     """Text for HTML: escaped, and with no character that hides itself or reorders others."""
-    return escape("".join(map(_seen, text)))
+    return escape(unhidden(text))
+
+
+def unhidden(text: str) -> str:
+    """The text with every character shown that would hide itself or reorder others; not escaped."""
+    return "".join(map(_seen, text))
 
 
 def short(text: str) -> str:

@@ -46,6 +46,8 @@ class TrainingState:
     """The newest version with the broadcaster."""
     queue: Mapping[str, int] = field(default_factory=dict[str, int])
     """Groups by place: leased, scoring, waiting, taken, trained."""
+    dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Reason -> groups that are not trained, or were refused, so far."""
     elapsed_s: float = 0.0
     """From the first ticket on, over all drivers of the run."""
     session: int = 0

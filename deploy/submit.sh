@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Submit the checkout as a job:  RAY_API_SERVER_ADDRESS=http://HEAD:8265 deploy/submit.sh conf/quickstart.yaml run.dir=/shared/runs/first
+# Submit the checkout as a job:  RAY_API_SERVER_ADDRESS=http://HEAD:8265 deploy/submit.sh train conf/quickstart.yaml run.dir=/shared/first
 #
-# The cluster's nodes need this project's dependencies (the same Python environment, or its image), and run.dir must be storage that
-# every node sees. Where the cluster asks for a token, RAY_AUTH_TOKEN_PATH names the file that holds it.
+# Everything after it is the command line of `python -m async_rlhf`; `--no-wait` in front of it returns at once. The cluster's nodes
+# need this project's dependencies (the same environment, or its image), and run.dir must be storage that every node sees.
+# The token of the cluster: RAY_AUTH_TOKEN_PATH names its file, else ~/.ray/auth_token is read.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${RAY_API_SERVER_ADDRESS:=http://127.0.0.1:8265}"
-exec ray job submit --address "$RAY_API_SERVER_ADDRESS" --working-dir . \
-  --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}' \
-  -- python -m async_rlhf train "$@"
+options=()
+while [[ "${1:-}" == --* ]]; do
+  options+=("$1")
+  shift
+done
+[[ $# -gt 0 ]] || { echo "usage: $0 [--no-wait] train CONF.yaml run.dir=/shared/NAME [key=value ...]" >&2; exit 2; }
+exec ray job submit --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" --working-dir . --runtime-env deploy/runtime-env.yaml \
+  ${options[@]+"${options[@]}"} -- python -m async_rlhf "$@"

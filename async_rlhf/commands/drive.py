@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from async_rlhf.commands.guard import HEARTBEAT, guard_is_gone
+from async_rlhf.commands.guard import ECHO_S, HEARTBEAT, guard_is_gone, is_guarded
 from async_rlhf.commands.signals import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -189,7 +189,7 @@ async def _with_signals(run: "Run", plan: RunPlan) -> None:
     """Execute a run. The first SIGINT or SIGTERM lets it end with a checkpoint within `timeouts.stop_s`; a second one ends it at once."""
     beating = asyncio.ensure_future(_beat(plan, run))
     try:
-        await until_signal(run.execute(), run.stop, plan.config.timeouts.stop_s)
+        await until_signal(run.execute(), run.stop, plan.config.timeouts.stop_s, ECHO_S if is_guarded() else 0.0)
     finally:
         beating.cancel()
     if run.stopping:

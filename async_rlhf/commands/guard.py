@@ -26,6 +26,9 @@ HEARTBEAT = "heartbeat"
 
 POLL_S = 0.5
 
+ECHO_S = 5.0
+"""`ray job stop` and Slurm signal every process of a job: the driver gets what its guard passes on, too. Two are one within so long."""
+
 
 def guard(folder: Path, settings: SupervisionConfig, console: Console) -> int:
     """Drive the run in `folder`, by as many drivers as it takes; returns the exit code of the last one.
@@ -42,6 +45,11 @@ def guard(folder: Path, settings: SupervisionConfig, console: Console) -> int:
         then = "starting it again" if left else "no restart is left (supervision.driver_restarts)"
         console.print(f"the driver ended by {what}: {then}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return 1
+
+
+def is_guarded() -> bool:
+    """Whether a guard started this driver."""
+    return GUARD_PID in os.environ
 
 
 def guard_is_gone() -> bool:

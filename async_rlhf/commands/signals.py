@@ -76,7 +76,7 @@ def on_ray(config: Config, run_id: str, say: Callable[[str], None], logs: Path |
         # Ray reads its authentication settings when it is imported: not before open_session.
         from actors.launch import connect
 
-        cluster = connect(config, run_id, session)
+        cluster = connect(config, run_id, session, say)
         yield cluster
     except BaseException as error:
         failed = end_of(error)[0] == EXIT_FAILED
@@ -91,20 +91,28 @@ def on_ray(config: Config, run_id: str, say: Callable[[str], None], logs: Path |
             shutil.rmtree(session, ignore_errors=True)
 
 
-async def until_signal(work: Coroutine[Any, Any, Result], stop: Callable[[], None] | None = None, stop_s: float = 0.0) -> Result:
+async def until_signal(
+    work: Coroutine[Any, Any, Result], stop: Callable[[], None] | None = None, stop_s: float = 0.0, echo_s: float = 0.0
+) -> Result:
     """Await `work`. The first SIGINT or SIGTERM calls `stop` and gives it `stop_s` to end; a second one, or the first without `stop`,
     cancels it.
 
     Handlers are installed after ray.init, which overwrites them.
 
+    Args:
+        echo_s: the same signal once more within so many seconds is the first one, by another way.
     Raises:
         Interrupted: there was a signal, however the work ended.
     """
     task = asyncio.ensure_future(work)
     received: list[int] = []
     loop = asyncio.get_running_loop()
+    echo_until: dict[int, float] = {}
 
     def on_signal(signum: int) -> None:
+        if loop.time() < echo_until.get(signum, 0.0):
+            return
+        echo_until[signum] = loop.time() + echo_s
         received.append(signum)
         if len(received) > 1 or stop is None:
             task.cancel()

@@ -8,6 +8,7 @@ from rich.console import Console
 from async_rlhf.commands.drive import drive
 from async_rlhf.commands.guard import guard
 from async_rlhf.commands.proxy import check_own_proxies, with_own_proxies, without_own_proxies
+from async_rlhf.commands.resume import run_resume
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
@@ -21,6 +22,28 @@ from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan, reward_and_metric
 from async_rlhf.wandb_sink import check_wandb
+
+
+def run_or_resume(config: Config, console: Console) -> int:
+    """Train, or go on with the run in `run.dir`, by its own settings: a job that is started again by a scheduler has one command line.
+
+    Raises:
+        ConfigError: as `run_train` and `run_resume` say, and without a `run.dir`.
+    """
+    if not config.run.dir:
+        raise ConfigError("--resume needs the folder of the run that it may find; give run.dir=FOLDER")
+    folder = Path(config.run.dir).resolve()
+    if not (folder / "config.yaml").is_file():
+        return run_train(config, console)
+    console.print(
+        f"{folder} holds a run: going on with it, by its own settings (others: async-rlhf resume {folder} key=value)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if config.supervision.driver_restarts:
+        return guard(folder, config.supervision, console)
+    return run_resume(folder, [], None, console)
 
 
 def run_train(config: Config, console: Console) -> int:

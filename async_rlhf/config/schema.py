@@ -32,6 +32,8 @@ class RunConfig:
     metrics_port: int = number(0, ge=0, le=65535)
     """Port of a local Ray's metrics, for Prometheus; 0: any free one, which RUN/prometheus.json names."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    autoscale: bool = False
+    """Nodes come when they are asked for: a cluster that is too small today is waited for, up to timeouts.place_s."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class TimeoutsConfig:
 
     start_s: float = number(300.0, gt=0.0, le=1e6)
     place_s: float = number(60.0, gt=0.0, le=1e6)
+    """Room on the cluster for all actors, and later for one whose node was lost."""
     generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
     score_s: float = number(300.0, gt=0.0, le=1e6)

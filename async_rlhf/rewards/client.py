@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 PROBE_S = 10.0
 """Deadline of the look at an endpoint before a run begins."""
+MAX_PROBE_BYTES = 1 << 20
+"""Of its answer; one that describes a service is a few KB."""
 
 SERVES_NOBODY = (429, 502, 503, 504)
 """Answers for which no request is to blame."""
@@ -173,20 +176,33 @@ def probe(address: Address, method: str, url: str, body: Mapping[str, Any] | Non
     address.check()
     local = is_loopback(urlsplit(url).hostname or "")
     try:
-        with httpx.Client(timeout=PROBE_S, follow_redirects=False, trust_env=not local) as client:
-            response = client.request(method, url, json=body, headers=address.headers)
+        with (
+            httpx.Client(timeout=PROBE_S, follow_redirects=False, trust_env=not local) as client,
+            client.stream(method, url, json=body, headers=address.headers) as response,
+        ):
+            content = _beginning(response)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise ConfigError(
             f"{address.key}: {url} does not answer ({type(error).__name__}: {error}); start the service first, or mend the address"
         ) from error
     if response.is_redirect or response.status_code in (401, 403, 404, 405):
         raise ConfigError(
-            f"{address.key}: {method} {url} answered HTTP {response.status_code}: {_text(response.content)}{_remedy(response.status_code)}"
+            f"{address.key}: {method} {url} answered HTTP {response.status_code}: {_text(content)}{_remedy(response.status_code)}"
         )
     try:
-        return response.json() if response.status_code == 200 else None
+        return json.loads(content) if response.status_code == 200 else None
     except (ValueError, RecursionError):
         return None
+
+
+def _beginning(response: "httpx.Response") -> bytes:
+    """What came of the answer within PROBE_S, MAX_PROBE_BYTES at most: a service that drips, or floods, holds up no start."""
+    ends, content = time.monotonic() + PROBE_S, bytearray()
+    for chunk in response.iter_raw():
+        content += chunk
+        if len(content) > MAX_PROBE_BYTES or time.monotonic() > ends:
+            break
+    return bytes(content[:MAX_PROBE_BYTES])
 
 
 def _remedy(status: int) -> str:

@@ -115,7 +115,7 @@ class Guard:
         length = headers.get("content-length", b"0")
         if self.token and not hmac.compare_digest(headers.get("authorization", b""), f"Bearer {self.token}".encode()):
             return await _refuse(send, 401, "the header `Authorization: Bearer TOKEN` is missing or wrong")
-        if not self.token and not is_loopback(_host_name(headers.get("host", b"").decode("latin-1"))):
+        if not self.token and not is_loopback(host_name(headers.get("host", b"").decode("latin-1"))):
             return await _refuse(send, 403, "this server answers to localhost and 127.0.0.1 alone")
         if not length.isdigit() or int(length) > self.max_bytes:
             return await _refuse(send, 413, self._too_large)
@@ -151,7 +151,7 @@ class Guard:
                 return bytes(body)
 
 
-def _host_name(host: str) -> str:
+def host_name(host: str) -> str:
     """`127.0.0.1:80` -> `127.0.0.1`, `[::1]:80` -> `::1`."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 

@@ -1,5 +1,6 @@
-"""`ray job submit` against a local head, with nothing but the checkout."""
+"""`ray job submit` against a local head, with nothing but the checkout: the users' daily path, by the commands of the documentation."""
 
+import json
 import os
 import secrets
 import shutil
@@ -10,15 +11,37 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.command import CHECKOUT, Finished, environment, ray_processes, summary_of, wait_gone
+from async_rlhf.audit import audit
+from async_rlhf.checkpoints import newest
+from async_rlhf.state import read_state
+from tests.support.command import CHECKOUT, Finished, environment, ray_processes, rows_of, summary_of, wait_gone
+from tests.support.deployment import TINY, entrypoint_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SMALL = ("conf/quickstart.yaml", "batch_groups=16", "task.held_out=50", "checkpoint.every_updates=0")
+SLOW_EVALUATION = """
+import time
+from pathlib import Path
+
+from async_rlhf.tasks.arithmetic import score as right
+
+
+def score(prompts, completions, **columns):
+    folder = Path(__file__).parent
+    if prompts[:1] != prompts[1:2]:  # one completion per prompt: an evaluation
+        (folder / "evaluating").open("a").write("x")
+        if (folder / "slow").exists():
+            time.sleep(120)
+    return right(prompts, completions, **columns)
+"""
 
 
 def free_port() -> int:
@@ -29,21 +52,58 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head as a user starts it."""
+    """A Ray head as a user starts it, and the user's shell beside it."""
 
     dashboard: str
     env: dict[str, str]
 
+    def run(self, *words: str) -> Finished:
+        """A command in a shell on the head."""
+        done = subprocess.run(words, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
+        return Finished(done.returncode, done.stdout + done.stderr)
+
     def submit(self, *words: str) -> Finished:
-        """`ray job submit ... -- python -m async_rlhf WORDS`, followed to its end."""
-        line = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", "python", "-m", "async_rlhf", *words]
+        """`deploy/submit.sh WORDS`: followed to its end, unless `--no-wait` comes first."""
         ends = time.monotonic() + 90
         while True:
-            done = subprocess.run(line, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
+            done = self.run("deploy/submit.sh", *words)
             # The dashboard answers before the head's job agent has come up; nothing was submitted then.
-            if "No available agent" not in done.stderr or time.monotonic() > ends:
-                return Finished(done.returncode, done.stdout + done.stderr)
+            if "No available agent" not in done.output or time.monotonic() > ends:
+                return done
             time.sleep(2)
+
+    def start(self, *words: str) -> str:
+        """Submit without waiting; returns the job's id."""
+        done = self.submit("--no-wait", *words)
+        assert done.code == 0, done.output
+        return next(word.strip("'") for word in done.output.split() if word.strip("'").startswith("raysubmit_"))
+
+    def job(self, job: str) -> dict[str, Any]:
+        """What Ray's own interface says of a job."""
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
+        return json.load(urllib.request.urlopen(request, timeout=30))
+
+    def logs(self, job: str) -> str:
+        """What the job has written so far."""
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {token}"})
+        return json.load(urllib.request.urlopen(request, timeout=30))["logs"]
+
+    def wait(self, job: str, seen: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Until `seen()`, while the job lives."""
+        ends = time.monotonic() + timeout_s
+        while not seen():
+            assert self.job(job)["status"] in ("PENDING", "RUNNING") and time.monotonic() < ends, self.logs(job)
+            time.sleep(0.3)
+
+    def end(self, job: str, timeout_s: float = 120) -> tuple[str, int | None]:
+        """Wait for the job's end: its status, and its driver's exit code where Ray kept that."""
+        ends = time.monotonic() + timeout_s
+        while (found := self.job(job))["status"] in ("PENDING", "RUNNING"):
+            assert time.monotonic() < ends, self.logs(job)
+            time.sleep(0.3)
+        return found["status"], found["driver_exit_code"]
 
 
 def answers(url: str) -> bool:
@@ -66,6 +126,7 @@ def head() -> Iterator[Head]:
     token.write_text(secrets.token_hex(32))
     port, dashboard, agent = free_port(), free_port(), free_port()
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    url = f"http://127.0.0.1:{dashboard}"
     env = {**environment(), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     del env["PYTHONPATH"]
     line = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
@@ -75,10 +136,10 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
         ends = time.monotonic() + 90
-        while not answers(f"http://127.0.0.1:{dashboard}/api/version"):
+        while not answers(f"{url}/api/version"):
             assert process.poll() is None and time.monotonic() < ends, (folder / "log").read_text()
             time.sleep(0.5)
-        yield Head(dashboard=f"http://127.0.0.1:{dashboard}", env=env)
+        yield Head(dashboard=url, env={**env, "RAY_API_SERVER_ADDRESS": url})
     finally:
         process.terminate()
         process.wait(timeout=60)
@@ -92,26 +153,150 @@ def nothing_left_behind() -> None:
     """The head outlives each test of this module; its fixture looks at the end."""
 
 
-def test_a_submitted_job_trains_and_its_log_shows_the_progress(head: Head, tmp_path: Path) -> None:
-    done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "updates=3", "batch_groups=16")
+def books(run: Path) -> tuple[str, int, str]:
+    """Exit word and code of summary.json, phase of state.json."""
+    summary = summary_of(run)
+    return summary["exit"], summary["exit_code"], read_state(run).phase
+
+
+def test_entrypoint_of_the_kuberay_job_trains_as_a_submitted_job_and_its_log_shows_the_progress(head: Head, tmp_path: Path) -> None:
+    done = head.submit(*entrypoint_words(), *TINY, f"run.dir={tmp_path / 'run'}")
 
     assert done.code == 0, done.output
     assert "joining Ray" in done.output and "update 3/3" in done.output and "succeeded" in done.output
-    assert summary_of(tmp_path / "run")["exit"] == "success"
+    assert books(tmp_path / "run") == ("success", 0, "finished")
 
 
-def test_a_failing_run_fails_the_job(head: Head, tmp_path: Path) -> None:
+def test_stopped_job_leaves_a_checkpoint_and_a_second_job_goes_on_from_it(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = head.start("train", *SMALL, f"run.dir={run}", "updates=500")
+    with (tmp_path / "log").open("w") as stream:  # as a user follows it
+        follower = subprocess.Popen(["ray", "job", "logs", "-f", job], cwd=CHECKOUT, env=head.env, stdout=stream, stderr=stream)
+        head.wait(job, lambda: "update 4/500" in (tmp_path / "log").read_text())
+        status = head.run("python", "-m", "async_rlhf", "status", str(run))
+        stopped = head.run("ray", "job", "stop", job)
+        follower.wait(timeout=60)
+    checkpoint, skipped = newest(run)
+
+    assert status.code == 0 and "of 500 updates" in status.output, status.output
+    assert stopped.code == 0 and head.end(job) == ("STOPPED", None)
+    assert books(run) == ("terminated", 143, "interrupted")
+    assert checkpoint is not None and skipped == [] and checkpoint.version == summary_of(run)["checkpoint"] == len(rows_of(run)) >= 4
+    assert f"async-rlhf resume {run}" in (tmp_path / "log").read_text(), "the log says how to go on"
+
+    last = checkpoint.version + 2
+    resumed = head.submit("resume", str(run), f"updates={last}")
+
+    assert resumed.code == 0 and f"update {last}/{last}" in resumed.output, resumed.output
+    assert books(run) == ("success", 0, "finished")
+    found = audit(run)
+    assert found.problems == () and found.updates == last
+
+
+def test_failing_run_fails_the_job_with_its_own_exit_code(head: Head, tmp_path: Path) -> None:
     done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "max_stalenes=1")
+    job = next(word.strip("'") for word in done.output.split() if word.strip("'").startswith("raysubmit_"))
 
-    assert done.code != 0
+    assert done.code == 1, "of whatever failed"
     assert "did you mean 'max_staleness'" in done.output and "failed" in done.output
+    assert head.end(job) == ("FAILED", 2)
 
 
-def test_a_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_path: Path) -> None:
+def test_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_path: Path) -> None:
     done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "generator.count=8")
 
     assert done.code != 0
-    assert "the run asks for 9 CPU, but the Ray cluster has 2 CPU" in done.output
+    assert "8 generators x 1 CPU (together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in done.output
+
+
+# Less common moments
+
+
+@pytest.mark.long
+def test_processes_of_a_job_run_the_uploaded_checkout_whatever_is_installed_on_their_node(head: Head) -> None:
+    code = (
+        "import ray, actors, async_rlhf; ray.init(log_to_driver=False)\n"
+        "there = ray.remote(lambda: [__import__(name).__file__ for name in ('actors', 'learners', 'async_rlhf')])\n"
+        "print('imported', actors.__file__, async_rlhf.__file__, *ray.get(there.remote()))"
+    )
+    done = head.run("ray", "job", "submit", "--working-dir", ".", "--runtime-env", "deploy/runtime-env.yaml", "--", "python", "-c", code)
+
+    (line,) = [line for line in done.output.splitlines() if line.startswith("imported ")]
+    assert all("/working_dir_files/" in path for path in line.split()[1:]), line
+
+
+@pytest.mark.long
+def test_job_without_the_token_is_refused(head: Head) -> None:
+    token = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
+    done = Head(head.dashboard, {**head.env, **token}).run("deploy/submit.sh", "train", "conf/quickstart.yaml")
+
+    assert done.code != 0 and "raysubmit_" not in done.output
+    assert "401" in done.output or "403" in done.output or "oken" in done.output, done.output
+
+
+@pytest.mark.long
+def test_job_stopped_while_it_starts_ends_and_can_begin_again(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = head.start("train", *SMALL, f"run.dir={run}", "updates=4")
+    head.wait(job, lambda: "learner rank(s)" in head.logs(job))
+
+    head.run("ray", "job", "stop", job)
+
+    assert head.end(job) == ("STOPPED", None)
+    assert books(run) == ("terminated", 143, "interrupted")
+    again = head.submit("train", *SMALL, f"run.dir={run}", "updates=4", "--resume")
+    assert again.code == 0 and books(run) == ("success", 0, "finished"), again.output
+    assert audit(run).problems == ()
+
+
+@pytest.mark.long
+def test_job_stopped_in_its_final_evaluation_has_all_updates_and_a_second_job_finishes_it(head: Head, tmp_path: Path) -> None:
+    run, reward = tmp_path / "run", tmp_path / "slow.py"
+    reward.write_text(SLOW_EVALUATION)
+    job = head.start("train", *SMALL, f"run.dir={run}", "updates=3", "timeouts.stop_s=5", f"reward.function={reward}:score")
+    head.wait(job, lambda: "update 1/3" in head.logs(job))
+    (tmp_path / "slow").touch()
+    done = len((tmp_path / "evaluating").read_text())
+    head.wait(job, lambda: len((tmp_path / "evaluating").read_text()) > done)
+
+    head.run("ray", "job", "stop", job)
+    (tmp_path / "slow").unlink()
+
+    assert head.end(job) == ("STOPPED", None)
+    assert books(run) == ("terminated", 143, "interrupted")
+    assert summary_of(run)["updates"] == summary_of(run)["checkpoint"] == 3
+    again = head.submit("resume", str(run))
+    assert again.code == 0 and books(run) == ("success", 0, "finished"), again.output
+    assert audit(run).problems == () and audit(run).updates == 3
+
+
+@pytest.mark.long
+def test_guarded_job_stops_with_a_checkpoint_though_driver_and_guard_are_both_signalled(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = head.start("train", *SMALL, f"run.dir={run}", "updates=500", "supervision.driver_restarts=2")
+    head.wait(job, lambda: "update 3/500" in head.logs(job))
+
+    head.run("ray", "job", "stop", job)
+
+    assert head.end(job) == ("STOPPED", None)
+    assert books(run) == ("terminated", 143, "interrupted")
+    checkpoint, _ = newest(run)
+    assert checkpoint is not None and checkpoint.version >= 3
+
+
+@pytest.mark.long
+def test_job_that_is_told_to_stop_twice_stops_once(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = head.start("train", *SMALL, f"run.dir={run}", "updates=500")
+    head.wait(job, lambda: "update 3/500" in head.logs(job))
+
+    first = head.run("ray", "job", "stop", "--no-wait", job)
+    second = head.run("ray", "job", "stop", job)
+
+    assert first.code == second.code == 0
+    assert head.end(job) == ("STOPPED", None)
+    checkpoint, _ = newest(run)
+    assert books(run) == ("terminated", 143, "interrupted") and checkpoint is not None
 
 
 @pytest.mark.long
@@ -133,4 +318,7 @@ def test_a_submitted_stage_joins_the_cluster_and_shows_its_progress(head: Head, 
     )
     assert (tmp_path / "start" / "model.safetensors").is_file()
     assert refused.code != 0
-    assert "the run asks for 8 CPU, but the Ray cluster has 2 CPU, 0 GPU; lower the stage's num_cpus" in refused.output
+    assert (
+        "the run asks for 1 sft x 8 CPU; the Ray cluster has 2 CPU and 0 GPU: no node has 8 CPU for one sft; lower the stage"
+        in refused.output
+    )

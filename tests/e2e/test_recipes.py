@@ -75,7 +75,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("recipe", "source"),
     [
         ("tldr_2_8b_ppo", "tldr"),
-        ("chatbot_8b_dpo", "no_robots"),
+        pytest.param("chatbot_8b_dpo", "no_robots", marks=pytest.mark.long),
         pytest.param("tldr_410m_dpo", "tldr", marks=pytest.mark.long),
         pytest.param("gsm8k_1b_rloo", "gsm8k", marks=pytest.mark.long),
         pytest.param("tldr_1b_bok", "tldr", marks=pytest.mark.long),

@@ -149,6 +149,9 @@ class LocalCluster:
         """By name; the dead ones stay."""
         self._on_call = on_call
 
+    async def placed(self, spec: ActorSpec) -> None:
+        """There is always room."""
+
     def start(self, spec: ActorSpec) -> RemoteActor:
         self.started.append(spec.name)
         self.handles[spec.name] = LocalHandle(spec.name, lambda: spec.cls(*spec.args), self._on_call)

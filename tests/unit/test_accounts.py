@@ -278,3 +278,11 @@ def test_the_state_names_the_newest_checkpoint():
     accounts.checkpoint = 7
 
     assert accounts.state("training").checkpoint == 7
+
+
+def test_the_state_says_what_was_dropped_and_why():
+    accounts = make_accounts("g")
+
+    accounts.add(make_record(busy={"g": usage(0.1)}), {})
+
+    assert accounts.state("training").dropped == {"tied": 4, "last_batch": 2, "refused_duplicate": 1}

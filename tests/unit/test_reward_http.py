@@ -13,6 +13,7 @@ import pytest
 
 from async_rlhf.config.rewards import RewardPartConfig
 from async_rlhf.errors import ConfigError, RewardError, RewardLostError
+from async_rlhf.rewards import client
 from async_rlhf.rewards.http import HttpReward, check_http
 from async_rlhf.types import Prompt
 from tests.support.http_server import Reply, Request, Served, free_port, serving
@@ -364,3 +365,22 @@ def test_text_that_no_console_could_show_travels_unharmed():
 
     assert served.requests[0].body["completions"] == words
     assert json.loads(json.dumps(words)) == words
+
+
+@pytest.mark.parametrize(("pause_s", "chunk"), [(0.0, b"x" * (1 << 20)), (0.05, b"x")], ids=["flood", "drip"])
+def test_an_answer_without_end_holds_up_no_start(pause_s: float, chunk: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PROBE_S", 0.3)
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 1000:
+            sent += 1
+            time.sleep(pause_s)
+            yield chunk
+
+    with serving(lambda request: Reply(chunks=chunks())) as served:
+        address = client.Address(key="reward.parts.it.url", url=served.url, token_env="", allow_plain_http=False)
+
+        assert client.probe(address, "GET", served.url) is None
+    assert sent < 100

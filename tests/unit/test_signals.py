@@ -51,6 +51,31 @@ def test_second_signal_or_the_deadline_ends_work_that_does_not_stop(signals: int
     assert caught.value.code == 130
 
 
+def test_same_signal_by_another_way_is_one_signal_and_a_different_one_is_the_second():
+    """A job's end signals the driver, and its guard, which passes it on."""
+
+    async def work(stopped: asyncio.Event) -> None:
+        send(signal.SIGTERM)
+        await stopped.wait()
+        send(signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        reached.append("past the echo")
+        send(signal.SIGINT)
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        stopped = asyncio.Event()
+        async with asyncio.timeout(10):
+            await until_signal(work(stopped), stopped.set, 60.0, echo_s=30.0)
+
+    reached: list[str] = []
+    with pytest.raises(Interrupted) as caught:
+        asyncio.run(main())
+
+    assert reached == ["past the echo"]
+    assert caught.value.code == 143
+
+
 def test_work_without_a_signal_gives_its_result_and_its_errors():
     async def seven() -> int:
         return 7
