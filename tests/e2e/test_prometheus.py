@@ -48,7 +48,7 @@ def prometheus_config(targets: Path) -> str:
 
 
 @contextmanager
-def run_at_work(folder: Path) -> Iterator[None]:
+def run_at_work(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A run in that folder; ended, and looked at, in the end."""
     words = ("train", "conf/quickstart.yaml", f"run.dir={folder}", f"updates={MANY}", "generator.engine=transformers")
     words = (*words, "batch_groups=8", "generator.max_inflight=32", "learner.num_ranks=1")
@@ -58,7 +58,7 @@ def run_at_work(folder: Path) -> Iterator[None]:
             command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
     try:
-        yield
+        yield process
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143, log.read_text()
         assert json.loads((folder / "prometheus.json").read_text()) == [], "Prometheus would go on looking for it"
@@ -112,10 +112,10 @@ def test_every_query_of_the_dashboard_has_data_while_a_run_is_at_work(tmp_path: 
     left = [query for query in queries() if not any(name in query for name in EMPTY)]
     assert len(left) > 40
 
-    with prometheus_of(run_folder, tmp_path / "prometheus") as prometheus, run_at_work(run_folder):
+    with prometheus_of(run_folder, tmp_path / "prometheus") as prometheus, run_at_work(run_folder) as run:
         ends = time.monotonic() + WAIT_S
         while left:
-            assert time.monotonic() < ends, f"without data: {left}\n{run_folder.with_suffix('.log').read_text()}"
+            assert run.poll() is None and time.monotonic() < ends, f"without data: {left}\n{run_folder.with_suffix('.log').read_text()}"
             time.sleep(1.0)
             left = [query for query in left if not answered(prometheus, query)]
         (series,) = answered(prometheus, "ray_async_rlhf_target_updates")
