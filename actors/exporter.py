@@ -148,12 +148,12 @@ class Exporter:
 
     def _of_generators(self) -> Iterator[Sample]:
         crew = self._crew
-        if len(crew.generators) > MAX_LABELLED:
+        if len(crew.installs) > MAX_LABELLED:
             return
         (begin, before, _), (now, after, _) = self._seen[0], self._seen[-1]
         elapsed_s = max(now - begin, 1e-9)
-        for member in crew.generators:
-            actor, labels = member.actor.name, {"generator": member.name}
+        for actor, report in list(crew.installs.items()):  # of the living alone
+            labels = {"generator": actor.partition(".")[0]}
             usage = after.usage.get(actor)
             if usage is not None:
                 earlier = before.usage.get(actor, EngineUsage(busy_s=0.0, num_tokens=0, num_completions=0))
@@ -162,7 +162,5 @@ class Exporter:
                 yield PREFIX + "generator_running_requests", labels, usage.occupancy.num_running
                 yield PREFIX + "generator_waiting_requests", labels, usage.occupancy.num_waiting
                 yield PREFIX + "generator_kv_use_share", labels, usage.occupancy.kv_use_share
-            report = crew.installs.get(actor)
-            if report is not None:
-                yield PREFIX + "generator_policy_version", labels, report.version
-                yield PREFIX + "generator_install_s", labels, report.install_s
+            yield PREFIX + "generator_policy_version", labels, report.version
+            yield PREFIX + "generator_install_s", labels, report.install_s

@@ -55,7 +55,7 @@ def drive(plan: RunPlan, console: Console) -> int:
     """Run; returns the process's exit code: 0, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     with Progress(console, plan.config.updates) as progress, closing(_recorder(plan)) as recorder:
         code, summary = _execute(plan, _Watcher(progress, recorder, RunningVerdict(plan.config, own_cores(plan.config))))
-    write_summary(plan.run_folder, summary)
+        write_summary(plan.run_folder, summary)  # before a sink takes its time to close
     if code == EXIT_OK:
         write_card(plan.run_folder, plan.config, plan.model_folder)
     write_report(plan.run_folder)

@@ -17,6 +17,8 @@ from async_rlhf.protocols import Occupancy
 from async_rlhf.tickets import QueueCounters
 from async_rlhf.types import InstallReport
 
+INSTALLED = InstallReport(version=4, install_s=0.5, pause_s=0.1, canary_error=0.0)
+
 
 class Board:
     """Keeps what was set last, and all that was observed."""
@@ -49,6 +51,7 @@ def make_exporter(num_generators: int = 2) -> tuple[Exporter, Crew, Board]:
         scorers=[member("scorer-0")],
         queue=member("replay_queue"),
         broadcaster=member("weight_broadcaster"),
+        installs={f"generator-{index}.0.1": INSTALLED for index in range(num_generators)},
         learner=cast(Any, None),
     )
     board = Board()
@@ -90,6 +93,16 @@ def test_rates_are_of_the_time_between_heartbeats_and_a_restarted_generator_keep
     assert board.value("generator_running_requests", generator="generator-0") == 7
 
 
+def test_a_generator_that_died_has_no_gauges_until_its_successor_installed_a_version():
+    exporter, crew, board = make_exporter(1)
+    crew.usage = {"generator-0.0.1": usage(1.0, 10)}
+    crew.installs.clear()
+
+    exporter.beat(0.0)
+
+    assert not [name for name, _ in board.values if name.startswith("generator_")]
+
+
 def test_old_heartbeats_are_forgotten():
     exporter, crew, board = make_exporter(1)
     crew.usage = {"generator-0.0.1": usage(0.0, 1000)}
@@ -117,9 +130,8 @@ def test_groups_by_place_and_every_reason_of_a_drop_are_there_before_the_first_d
 
 
 def test_an_updates_row_is_exported_from_then_on_with_the_parts_of_a_reward_as_labels():
-    exporter, crew, board = make_exporter()
+    exporter, _, board = make_exporter()
     record = SimpleNamespace(summary=SimpleNamespace(staleness=(0, 2, 1)))
-    crew.installs["generator-0.0.1"] = InstallReport(version=4, install_s=0.5, pause_s=0.1, canary_error=0.0)
 
     exporter.update(cast(Any, record), {"update": 3, "train/loss": 0.5, "reward/part/brevity.cut": 0.25})
     exporter.beat(0.0)
