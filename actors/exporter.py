@@ -101,8 +101,11 @@ class Exporter:
         Args:
             now: seconds on a clock that never goes back.
         """
-        meters = self._crew.meters
-        self._seen.append((now, Counted(usage=dict(self._crew.usage), readings=meters.readings), meters.train.reading))
+        crew = self._crew
+        meters = crew.meters
+        self._seen.append(
+            (now, Counted(usage=dict(crew.usage), readings=meters.readings, generator_s=crew.roster.generator_s), meters.train.reading)
+        )
         keys = set(row_keys())
         exported = {key: value for key, value in self._row.items() if key in keys or name_of(key)[1]}
         samples = [(*name_of(key), value) for key, value in {**exported, **self._live_rates()}.items()]
@@ -117,7 +120,7 @@ class Exporter:
             return {}
         crew = self._crew
         there = WorkerSeconds(
-            generators=elapsed_s * len(crew.generators), scorers=elapsed_s * len(crew.scorers), rewards=elapsed_s * len(crew.rewards)
+            generators=after.generator_s - before.generator_s, scorers=elapsed_s * len(crew.scorers), rewards=elapsed_s * len(crew.rewards)
         )
         return rates(before, after, elapsed_s, there)
 
@@ -129,7 +132,7 @@ class Exporter:
         (begin, _, before), (now, _, after) = self._seen[0], self._seen[-1]
         yield PREFIX + "learner_busy_share", {}, clip((after.busy_s - before.busy_s) / max(now - begin, 1e-9))
         parts = [member.name for member in (*crew.scorers, *crew.rewards, crew.queue, crew.broadcaster)]
-        for part in {*parts, "learner", *(member.name for member in crew.generators), *crew.supervisor.restarts}:
+        for part in {*parts, "learner", *(seat.member.name for seat in crew.roster), *crew.supervisor.restarts}:
             yield PREFIX + "restarts", {"part": part}, crew.supervisor.restarts[part]
 
     def _of_queue(self) -> Iterator[Sample]:

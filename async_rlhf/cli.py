@@ -138,6 +138,18 @@ def status(run: Folder) -> None:
 
 
 @app.command()
+def scale(
+    run: Folder,
+    words: Annotated[list[str] | None, typer.Argument(metavar="generators=N", help="How many the run shall have.")] = None,
+    timeout: Annotated[float, typer.Option(help="Longest wait, seconds; 0: what the run's own deadlines allow.", min=0.0)] = 0.0,
+) -> None:
+    """Have a living run take on more generators, or fewer, while it trains on."""
+    from async_rlhf.commands.scale import run_scale
+
+    run_scale(run, words or [], timeout, Console())
+
+
+@app.command()
 def report(run: Folder) -> None:
     """Write the run's report again: one self-contained HTML page."""
     from async_rlhf.report import write_report

@@ -1,7 +1,7 @@
 """What the driver sets for Prometheus at each heartbeat."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import pytest
 from actors.crew import Crew
 from actors.engine_loop import EngineUsage
 from actors.exporter import Exporter
+from actors.roster import Roster
 from actors.supervision import Supervisor
 from async_rlhf.config import load_config
 from async_rlhf.exported import EXPORTED, MAX_LABELLED, PREFIX, name_of, row_keys
@@ -43,11 +44,11 @@ def member(name: str) -> Any:
     return SimpleNamespace(name=name, actor=SimpleNamespace(name=f"{name}.0.1"))
 
 
-def make_exporter(num_generators: int = 2) -> tuple[Exporter, Crew, Board]:
+def make_exporter(num_generators: int = 2, clock: Callable[[], float] = lambda: 0.0) -> tuple[Exporter, Crew, Board]:
     config = load_config(overrides=["updates=9", "max_staleness=2"]).config
     crew = Crew(
         supervisor=Supervisor(cast(Any, None), config, 0, lambda entry: None),
-        generators=[member(f"generator-{index}") for index in range(num_generators)],
+        roster=Roster([member(f"generator-{index}") for index in range(num_generators)], clock),
         scorers=[member("scorer-0")],
         queue=member("replay_queue"),
         broadcaster=member("weight_broadcaster"),
@@ -78,7 +79,8 @@ def test_before_anything_happened_all_that_is_known_is_exported():
 
 
 def test_rates_are_of_the_time_between_heartbeats_and_a_restarted_generator_keeps_its_label():
-    exporter, crew, board = make_exporter()
+    clock = iter((0.0, 100.0, 110.0)).__next__
+    exporter, crew, board = make_exporter(2, clock)
     crew.usage = {"generator-0.0.1": usage(1.0, 10)}
     exporter.beat(100.0)
 
