@@ -89,9 +89,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 kind="heatmap",
             ),
             Panel("Staleness: mean, largest, bound", several("queue_staleness_mean", "queue_staleness_max", "bound_staleness_updates")),
-            Panel(
-                "Restarts; generators at work", ((by("part", "restarts"), "{{part}}"), (of("generate_generators"), "generators at work"))
-            ),
+            Panel("Restarts; generators", ((by("part", "restarts"), "{{part}}"), (of("generate_generators"), "generators"))),
             Panel("Groups dropped, by reason", ((by("reason", "dropped_groups"), "{{reason}}"),)),
             Panel(
                 "Puts refused, rows skipped",
