@@ -211,7 +211,8 @@ def test_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_p
     done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "generator.count=8")
 
     assert done.code != 0
-    assert "8 generators x 1 CPU (together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in head.logs(job_of(done))
+    said = head.logs(job_of(done))
+    assert "8 generators x 1 CPU" in said and "(together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in said, said
 
 
 # Less common moments
