@@ -23,6 +23,8 @@ bench: setup           ## Everything that is timed, or takes long (about an hour
 	$(PY) benchmarks/bias.py
 	$(PY) benchmarks/learning.py
 	$(PY) benchmarks/chaos.py
+	$(PY) benchmarks/plan.py
+	$(PY) benchmarks/scaling.py
 	$(PY) -m pytest -m long
 
 setup: $(STAMP)        ## The virtual environment with everything in it

@@ -49,10 +49,14 @@ class Accounts:
     restarts: Mapping[str, int] = field(default_factory=dict[str, int])
     checkpoint: int | None = None
 
-    def begin(self, usage: Mapping[str, EngineUsage], readings: Readings | None = None) -> None:
-        """The first ticket is about to go out: shares and rates count from here."""
+    def begin(self, usage: Mapping[str, EngineUsage], readings: Readings | None = None, generator_s: float = 0.0) -> None:
+        """The first ticket is about to go out: shares and rates count from here.
+
+        Args:
+            generator_s: see UpdateRecord.
+        """
         self.started_s = self.last_s = time.perf_counter()
-        self.first = self.last = Counted(usage=dict(usage), readings=readings or Readings())
+        self.first = self.last = Counted(usage=dict(usage), readings=readings or Readings(), generator_s=generator_s)
 
     def restore(self, state: TrainingState) -> None:
         """Go back, or ahead, to what was booked at `state`; the clock goes on."""
@@ -69,7 +73,7 @@ class Accounts:
         Args:
             restarts: of each part of the crew, so far.
         """
-        now, installs = time.perf_counter(), record.installs
+        now = time.perf_counter()
         self.restarts = dict(restarts)
         row = self._row(record, elapsed_s=max(now - self.last_s, 1e-9), now=now)
         summary, report, counters = record.summary, record.reports[0], record.counters
@@ -83,9 +87,9 @@ class Accounts:
         self.reward_mean = summary.metrics["reward/mean"]
         self.best_reward_mean = max(self.reward_mean, self.best_reward_mean if self.best_reward_mean is not None else self.reward_mean)
         self.score_moments = summary.moments
-        self.last_s, self.last = now, Counted(usage=dict(record.usage), readings=record.readings)
+        self.last_s, self.last = now, _counted(record)
         self.count(counters)
-        self.health = {name: f"installed version {report.version}" for name, report in installs.items()}
+        self.health = dict(record.health)
         return row
 
     def count(self, counters: QueueCounters) -> None:
@@ -135,8 +139,8 @@ class Accounts:
 
     @property
     def generator_idle_share(self) -> float:
-        """Share of the time from the first ticket to the last update that the generators did not spend in engine steps."""
-        return idle_share(self.first.usage, self.last.usage, self._there(self.last_s - self.started_s).generators)
+        """Share of their time from the first ticket to the last update that the generators did not spend in engine steps."""
+        return idle_share(self.first.usage, self.last.usage, self.last.generator_s - self.first.generator_s)
 
     @property
     def learner_idle_share(self) -> float:
@@ -146,6 +150,12 @@ class Accounts:
     def _row(self, record: "UpdateRecord", *, elapsed_s: float, now: float) -> Row:
         summary, report, counters = record.summary, record.reports[0], record.counters
         steps_per_update = report.optimizer_steps / (self.updates + 1)
+        now_counted = _counted(record)
+        there = WorkerSeconds(
+            generators=now_counted.generator_s - self.last.generator_s,
+            scorers=elapsed_s * self.config.scorer.count,
+            rewards=elapsed_s * self.config.reward.count,
+        )
         return {
             "update": summary.update,
             "version": report.version,
@@ -158,16 +168,14 @@ class Accounts:
             "queue/leased_groups": counters.leased,
             "queue/scoring_groups": counters.scoring,
             "queue/wait_s": record.wait_s,
-            **rates(self.last, Counted(usage=record.usage, readings=record.readings), elapsed_s, self._there(elapsed_s)),
+            **rates(self.last, now_counted, elapsed_s, there),
+            "generate/generators": there.generators / elapsed_s,
             **train_rates(record, elapsed_s),
             **weight_rates(record),
             "time/update_s": elapsed_s,
             "supervision/restarts": sum(self.restarts.values()),
         }
 
-    def _there(self, seconds: float) -> WorkerSeconds:
-        """What the workers could have worked in the last `seconds`."""
-        config = self.config
-        return WorkerSeconds(
-            generators=seconds * config.generator.count, scorers=seconds * config.scorer.count, rewards=seconds * config.reward.count
-        )
+
+def _counted(record: "UpdateRecord") -> Counted:
+    return Counted(usage=dict(record.usage), readings=record.readings, generator_s=record.generator_s)

@@ -11,6 +11,7 @@ from actors.learner_crew import LearnerCrew
 from actors.placement import HERE
 from actors.replay_queue import ReplayQueue
 from actors.reward import Rater
+from actors.roster import Roster
 from actors.scorer import Scorer
 from actors.supervision import Member, Supervisor
 from actors.training_state import TrainingStateStore
@@ -26,19 +27,8 @@ class Cast:
         self._plan = plan
         self._supervisor = supervisor
         self.learner = learner
+        self._generators: dict[int, Member] = {}
         config, folder = plan.config, str(plan.model_folder)
-
-        def generator(place: str) -> Callable[[str], ActorSpec]:
-            of = config.generator
-            return lambda name: ActorSpec(
-                name=name,
-                place=place,
-                cls=Generator,
-                args=(config, folder, name),
-                num_cpus=of.num_cpus,
-                num_gpus=of.num_gpus,
-                max_concurrency=8,
-            )
 
         def scorer(place: str) -> Callable[[str], ActorSpec]:
             of, args = config.scorer, (config, folder, plan.reward, plan.metric)
@@ -49,7 +39,7 @@ class Cast:
             return lambda name: ActorSpec(name=name, place=place, cls=Rater, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
 
         queue_args = (config, folder, str(plan.run_folder), plan.session)
-        self.generators = [Member(supervisor, name, generator(name)) for name in _numbered("generator", config.generator.count)]
+        self.roster = Roster([self.generator(index) for index in range(config.generator.count)])
         self.scorers = [Member(supervisor, name, scorer(name)) for name in _numbered("scorer", config.scorer.count)]
         self.rewards = [Member(supervisor, name, rater(name)) for name in _numbered("reward", config.reward.count)]
         self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args, near=HERE))
@@ -67,7 +57,26 @@ class Cast:
     @property
     def members(self) -> Sequence[Member]:
         """All but the learner."""
-        return [*self.generators, *self.scorers, *self.rewards, self.queue, self.broadcaster, self.state]
+        return [*self.roster.members, *self.scorers, *self.rewards, self.queue, self.broadcaster, self.state]
+
+    def generator(self, index: int) -> Member:
+        """The generator of that number, whether it takes part or not; always the same one."""
+        of, config, name = self._plan.config.generator, self._plan.config, f"generator-{index}"
+
+        def spec(incarnation: str) -> ActorSpec:
+            return ActorSpec(
+                name=incarnation,
+                place=name,
+                cls=Generator,
+                args=(config, str(self._plan.model_folder), incarnation),
+                num_cpus=of.num_cpus,
+                num_gpus=of.num_gpus,
+                max_concurrency=8,
+            )
+
+        if index not in self._generators:
+            self._generators[index] = Member(self._supervisor, name, spec)
+        return self._generators[index]
 
     async def start(self, checkpoint: Checkpoint | None, on_ready: Callable[[str], None]) -> tuple[Crew, int]:
         """Start all actors at once: each spends seconds on its imports. Returns the crew, and the learner's version.
@@ -90,7 +99,7 @@ class Cast:
         await first_failure(joining, *waits)
         crew = Crew(
             supervisor=self._supervisor,
-            generators=self.generators,
+            roster=self.roster,
             scorers=self.scorers,
             rewards=self.rewards,
             queue=self.queue,

@@ -9,6 +9,7 @@ from actors.gate import InstallGate
 from actors.meters import Meters, Readings
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked
+from actors.roster import Roster
 from actors.supervision import Member, Supervisor
 from actors.weight_broadcaster import Published
 from async_rlhf.config import Config
@@ -23,7 +24,8 @@ class Crew:
     """Who takes part in a run, and what the loops share."""
 
     supervisor: Supervisor
-    generators: Sequence[Member]
+    roster: Roster
+    """The generators."""
     scorers: Sequence[Member]
     queue: Member
     broadcaster: Member
@@ -55,6 +57,11 @@ class Crew:
         for scorer in self.scorers:
             self.idle_scorers.put_nowait(scorer)
 
+    @property
+    def generators(self) -> Sequence[Member]:
+        """Those that take part at this moment."""
+        return self.roster.members
+
     async def publish(self, version: int, config: Config) -> Published:
         """Have the learner's version pulled and offered to the generators."""
         limit = config.timeouts.weights_s + config.timeouts.call_s
@@ -78,6 +85,10 @@ class UpdateRecord:
     """Per incarnation of a generator, cumulative."""
     installs: Mapping[str, InstallReport]
     """The last one of each living generator."""
+    generator_s: float = 0.0
+    """Seconds that generators have taken part in the run so far, all of them together."""
+    health: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Generator -> what it is doing."""
     take_s: float = 0.0
     """From the decision until the ranks begin: the shards are made, and move to them."""
     readings: Readings = field(default_factory=Readings)

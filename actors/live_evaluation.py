@@ -102,18 +102,21 @@ class LiveEvaluation:
 
     async def _ask_all(self, version: int, temperature: float) -> list[Rollout]:
         """One completion per prompt; each generator that has the version takes a few prompts at a time until none is left."""
-        workers = self._crew.generators[: self._config.evaluation.max_inflight]
-        size = self._config.evaluation.max_inflight // len(workers)
         places = range(len(self._prompts))
+        size = max(1, self._config.evaluation.max_inflight // max(1, len(self._crew.generators)))
         pending = deque([places[start : start + size] for start in range(0, len(places), size)])
         rollouts: dict[int, Rollout] = {}
-        try:
-            async with asyncio.TaskGroup() as group:
-                for generator in workers:
-                    group.create_task(self._work(generator, version, temperature, pending, rollouts.update))
-        except BaseExceptionGroup as errors:
-            error = leaf(errors)
-            raise error from error.__cause__
+        while pending:
+            workers = self._crew.generators[: self._config.evaluation.max_inflight]
+            if not workers:
+                raise ActorLostError("no generator is left to ask")
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for generator in workers:
+                        group.create_task(self._work(generator, version, temperature, pending, rollouts.update))
+            except BaseExceptionGroup as errors:
+                error = leaf(errors)
+                raise error from error.__cause__
         return [rollouts[place] for place in places]
 
     async def _work(
@@ -124,24 +127,27 @@ class LiveEvaluation:
         pending: deque[range],
         keep: Callable[[dict[int, Rollout]], None],
     ) -> None:
-        """One generator's share."""
+        """One generator's share; what it cannot finish before it leaves stays pending."""
         timeouts = self._config.timeouts
         if not await self._installed(generator, version, pending):
             return
-        while pending:
+        while pending and generator in self._crew.generators:
             part, actor = pending.popleft(), generator.actor
             prompts = [self._prompts[place] for place in part]
             try:
                 rollouts: list[Rollout] = await actor.call("evaluate", prompts, temperature, timeout_s=timeouts.generate_s)
             except BROKEN as error:  # its produce loop sees that too, and replaces it
+                if generator not in self._crew.generators:
+                    pending.append(part)
+                    return
                 raise ActorLostError(f"{actor.name} was lost over it: {first_line(error)}") from error
             keep(dict(zip(part, rollouts, strict=True)))
 
     async def _installed(self, generator: Member, version: int, pending: deque[range]) -> bool:
-        """Wait until a generator has the version; false if the others were done before."""
+        """Wait until a generator has the version; false if the others were done before, or it leaves."""
         crew, waited_s = self._crew, 0.0
         limit_s = self._config.timeouts.start_s + self._config.timeouts.weights_s
-        while pending:
+        while pending and generator in crew.generators:
             report = crew.installs.get(generator.actor.name)
             if report is not None and report.version >= version:
                 return True

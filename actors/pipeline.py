@@ -13,7 +13,8 @@
 
 | who dies         | who notices         | what happens                                                                                 |
 |------------------|---------------------|----------------------------------------------------------------------------------------------|
-| generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket       |
+| generator        | its produce loop    | its leases go out again; a new one installs the newest version before its first ticket (see  |
+|                  |                     | generator_pool.py, also for those that join and leave)                                       |
 | scorer, reward   | the call that waits | the groups go to another one, one by one if the call held several                            |
 | queue, state,    | the call that waits | a new one goes on from the journal, from state.json, or empty; the call is made again        |
 | broadcaster      |                     |                                                                                              |
@@ -24,23 +25,23 @@ Groups and batches travel as object references: they go from process to process 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 from actors.crew import Crew, UpdateRecord
 from actors.generator import Collected
-from actors.meters import Meter
 from actors.remote import RemoteActor, resolve
-from actors.replay_queue import HolderGone, Installed, NextBatch, ScoringFailed, WithScorer
-from actors.supervision import BROKEN, LOST, Member, guarded
+from actors.replay_queue import HolderGone, Installed, NextBatch
+from actors.roster import Phase, Seat
+from actors.scoring import score
+from actors.supervision import BROKEN, guarded
+from actors.waiting import unless
 from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorFailedError, DeadlineError, ObjectLostError, RewardError
+from async_rlhf.errors import DeadlineError, ObjectLostError
 from async_rlhf.metrics import BatchSummary
 from async_rlhf.types import InstallReport, Ticket
-
-T = TypeVar("T")
 
 POLL_S = 5.0
 """How long an actor waits on its side before it answers `nothing yet`: a sign of life at least this often."""
@@ -51,8 +52,11 @@ class _Flow:
     """What the parts of one produce loop share, as long as one generator lives."""
 
     inflight: int = 0
+    asking: bool = False
+    """A request for tickets is under way, or its tickets are on their way to the engine."""
     installed: int = -1
     closed: bool = False
+    """No further ticket is needed, or wanted."""
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def change(self, by: int = 0, *, installed: int = -1, closed: bool = False) -> None:
@@ -67,22 +71,29 @@ class _Flow:
             await self.changed.wait_for(ready)
 
 
-async def produce(generator: Member, crew: Crew, config: Config) -> None:
-    """Keep one generator's place filled and at work, for ever; see the tables above. Scoring outlives the generator that sampled.
+async def produce(seat: Seat, crew: Crew, config: Config, scoring: asyncio.TaskGroup) -> None:
+    """Keep a generator at work until it shall leave; see the tables above. Then it finishes what it has, within timeouts.leave_s.
 
+    What it holds at its end, however that comes, goes out again.
+
+    Args:
+        scoring: takes what scores the groups, and outlives the generator that sampled them.
     Raises:
-        RestartLimitError: it keeps failing.
+        One of BROKEN: it died, froze or failed.
     """
-    async with asyncio.TaskGroup() as scoring:
-        while True:
-            actor, flow = generator.actor, _Flow()
-            work = guarded(_feed(actor, crew, config, flow), _drain(actor, crew, config, flow, scoring))
-            try:
-                await guarded(work, _refresh(actor, crew, config, flow), crew.supervisor.watch(actor))
-            except BROKEN as error:
-                crew.installs.pop(actor.name, None)
-                await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
-                await generator.replace(actor, error)
+    actor, flow = seat.member.actor, _Flow()
+
+    def is_installed() -> None:
+        crew.roster.turn(seat, Phase.AT_WORK)
+
+    feed, drain = _feed(actor, crew, config, flow), _drain(actor, crew, config, flow, scoring)
+    work = guarded(_leave(seat.leaving, config, flow), feed, drain)
+    try:
+        await guarded(work, _refresh(actor, crew, config, flow, is_installed), crew.supervisor.watch(actor))
+    except BROKEN:
+        await _let_go(actor, crew, config)
+        raise
+    await _let_go(actor, crew, config)
 
 
 async def train(crew: Crew, config: Config, version: int, on_update: Callable[[UpdateRecord], Awaitable[None]]) -> int:
@@ -116,6 +127,8 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 published=published,
                 usage=dict(crew.usage),
                 installs=dict(crew.installs),
+                generator_s=crew.roster.generator_s,
+                health=crew.roster.health(crew.installs),
                 take_s=max(0.0, trained - taken - max(report.train_s for report in reports)),
                 readings=crew.meters.readings,
             )
@@ -132,7 +145,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
             await crew.publish(update, config)  # a new broadcaster begins empty, and a new generator waits for its first version
         asked = time.monotonic()
         call = crew.queue.call("next_batch", update, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
-        answer: NextBatch | None = await _unless(crew.stopping, call)
+        answer: NextBatch | None = await unless(crew.stopping, call)
         if answer is None:
             return None
         if answer.summary is not None or answer.closed:
@@ -148,15 +161,19 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
     return None
 
 
-async def _unless(event: asyncio.Event, call: Awaitable[T]) -> T | None:
-    """The answer of `call`, or None as soon as the event is set."""
-    asking, waiting = asyncio.ensure_future(call), asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        return asking.result() if asking.done() else None
-    finally:
-        asking.cancel()
-        waiting.cancel()
+async def _let_go(actor: RemoteActor, crew: Crew, config: Config) -> None:
+    """Nobody counts on this generator any more."""
+    crew.installs.pop(actor.name, None)
+    await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
+
+
+async def _leave(leaving: asyncio.Event, config: Config, flow: _Flow) -> None:
+    """Wait until the generator shall leave, let it take no further ticket, and wait until it has finished those that it has."""
+    await leaving.wait()
+    await flow.change(closed=True)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(config.timeouts.leave_s):
+            await flow.until(lambda: not flow.asking and flow.inflight == 0)
 
 
 async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
@@ -166,16 +183,15 @@ async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> 
     request = 0
     while True:
         await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
-        wanted, request = capacity - flow.inflight, request + 1
+        wanted, request, flow.asking = capacity - flow.inflight, request + 1, True
         with crew.meters.tickets.working():
             tickets: list[Ticket] | None = await crew.queue.call(
                 "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
             )
-        if tickets is None:
-            await flow.change(closed=True)
-        elif tickets:
+        if tickets:
             await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
-            await flow.change(len(tickets))
+        flow.asking = False
+        await flow.change(len(tickets or ()), closed=tickets is None)
 
 
 async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, scoring: asyncio.TaskGroup) -> None:
@@ -189,7 +205,7 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
         crew.usage[actor.name] = collected.usage
         if collected.tickets:
             crew.meters.generate.through(len(collected.tickets))
-            scoring.create_task(_score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
+            scoring.create_task(score(collected.tickets, groups_ref, crew, config), name=f"scoring for {actor.name}")
             await flow.change(-len(collected.tickets))
             silent_s = 0.0
             continue
@@ -201,7 +217,7 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
             )
 
 
-async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
+async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, is_installed: Callable[[], None]) -> None:
     """Install the newest version on the generator, again and again."""
     while True:
         broadcaster = crew.broadcaster.actor
@@ -217,60 +233,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) 
             continue
         await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
         await flow.change(installed=report.version)
+        is_installed()
         async with crew.installed:
             crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
             crew.installed.notify_all()
-
-
-async def _score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: Config) -> None:
-    """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
-    await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
-    if not await _try_score(groups_ref, None, crew, config):
-        crew.meters.score.through(len(tickets))
-        return
-    for index, ticket in enumerate(tickets):
-        reason = await _try_score(groups_ref, index, crew, config)
-        crew.meters.score.through(0 if reason else 1)
-        if reason:
-            await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
-
-
-async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:
-    """Rate, score and put all groups, or the one of that index; returns why that failed, or nothing."""
-    limit = config.timeouts.score_s
-    rating: tuple[Any, ...] = ()
-    if crew.rewards:
-        rated, why = await _by_one_of(crew.idle_rewards, crew.meters.reward, "rate", (groups_ref, only), limit)
-        if why:
-            return why
-        rating = (rated,)
-    scored_ref, why = await _by_one_of(crew.idle_scorers, crew.meters.score, "score", (groups_ref, only, *rating), limit)
-    if why:
-        return why
-    try:
-        await crew.queue.call("put", scored_ref, timeout_s=config.timeouts.call_s)
-    except ObjectLostError as error:
-        return str(error)
-    return ""
-
-
-async def _by_one_of(idle: "asyncio.Queue[Member]", meter: Meter, method: str, args: Sequence[Any], limit_s: float) -> tuple[Any, str]:
-    """Have the first idle member do it: the reference of what it made, or why there is none.
-
-    Raises:
-        RewardLostError: nobody could; no group is to blame. RestartLimitError: the members keep dying.
-    """
-    member = await idle.get()
-    actor = member.actor
-    try:
-        with meter.working():
-            return await actor.fetch(method, *args, timeout_s=limit_s), ""
-    except LOST as error:
-        await member.replace(actor, error)
-        if isinstance(error, DeadlineError):
-            return None, f"no score within {limit_s:g} s"
-        return None, f"the {member.name.partition('-')[0]} died: {error}"
-    except (RewardError, ActorFailedError, ObjectLostError) as error:
-        return None, str(error)
-    finally:
-        idle.put_nowait(member)

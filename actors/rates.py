@@ -20,6 +20,8 @@ class Counted:
     usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     """Per incarnation of a generator; the dead ones stay."""
     readings: Readings = field(default_factory=Readings)
+    generator_s: float = 0.0
+    """Seconds that generators took part, all of them together; see Roster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

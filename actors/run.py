@@ -11,12 +11,14 @@ from actors.cast import Cast
 from actors.checkpointer import Checkpointer
 from actors.crew import Crew, UpdateRecord
 from actors.evaluator import Evaluator
+from actors.generator_pool import GeneratorPool
 from actors.judging import Judging
 from actors.launch import Cluster
 from actors.learner_crew import LearnerCrew, LearnerParts
 from actors.live_evaluation import LiveEvaluation
-from actors.pipeline import produce, train
+from actors.pipeline import train
 from actors.replay_queue import Undone
+from actors.scaling import heed
 from actors.supervision import Supervisor, guarded
 from async_rlhf.checkpoints import discard, folders, newest
 from async_rlhf.errors import ActorLostError, AsyncRLHFError, LearnerLostError, RewardError, RunError
@@ -33,6 +35,17 @@ REPLAY_TOLERANCE = 4
 """A batch trained again may move the canary by this many times what rounding alone may do (another number of ranks adds up in
 another order); beyond that it is another history."""
 
+TOLD = {
+    "lost": "{name} is lost ({cause}); starting it again",
+    "back": "{name} is back after {after_s:.1f} s",
+    "no_room": "the cluster has no room for {name}; it starts again as soon as there is some",
+    "rests": "{name} rests, the others go on: {cause}",
+    "joined": "{name} joined after {after_s:.1f} s",
+    "gave_up": "{name} did not join: {cause}",
+    "left": "{name} left",
+}
+"""Incidents, as a line."""
+
 
 class Observer(Protocol):
     """Who wants to know how the run goes."""
@@ -46,7 +59,7 @@ class Observer(Protocol):
         ...
 
     def incident(self, entry: Mapping[str, Any]) -> None:
-        """An actor was lost, or is back."""
+        """An actor was lost, is back, joined or left."""
         ...
 
     def rewound(self, version: int) -> None:
@@ -75,6 +88,8 @@ class Run:
         self._learner = LearnerCrew(plan, parts, self._supervisor)
         self._cast = Cast(plan, self._supervisor, self._learner)
         self._checkpointer = Checkpointer(plan.run_folder, plan.config, self._learner, self._cast.queue)
+        self._pool: GeneratorPool | None = None
+        self._phase = "starting"
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -90,11 +105,12 @@ class Run:
         """Run to the end, or to the checkpoint at which it stops when asked to; the caller closes the cluster, whatever happens here."""
         crew, version = await self._start()
         keepers = [member.keep() for member in (*self._cast.scorers, *self._cast.rewards, crew.queue, crew.broadcaster, self._cast.state)]
-        producers = [produce(generator, crew, self._config) for generator in crew.generators]
+        self._pool = GeneratorPool(crew, self._config, self._cluster, self._cast.generator)
+        pool = (self._pool.work(), heed(self._plan.run_folder, self._pool, self._config, self._observer.stage), self._tell_changes(crew))
         main = asyncio.ensure_future(self._train(crew, version))
         main.set_name("train")
         try:
-            await guarded(main, *producers, *keepers, self._learner.watch(), self._cluster.watch_head())
+            await guarded(main, *pool, *keepers, self._learner.watch(), self._cluster.watch_head())
         except RewardError:
             await self._count_groups(crew)
             raise
@@ -154,7 +170,7 @@ class Run:
         if self._plan.evaluate_start:
             await self._record("evaluating")
             self._observer.evaluated(await evaluator.evaluate("start", version))
-        self._accounts.begin(await evaluator.usage(), crew.meters.readings)
+        self._accounts.begin(await evaluator.usage(), crew.meters.readings, crew.roster.generator_s)
         crew.begun.set()
         self._observer.stage(f"training: updates {version + 1} to {self._config.updates} of {self._config.batch_groups} groups")
 
@@ -213,17 +229,24 @@ class Run:
     async def _recast(self, crew: Crew) -> None:
         """Versions of the undone history are with the broadcaster and in the generators: all of these start over."""
         cause = ActorLostError("its weights belong to a history that was undone")
-        for member in (crew.broadcaster, *crew.generators):
-            await member.replace(member.actor, cause)
+        await crew.broadcaster.replace(crew.broadcaster.actor, cause)
+        assert self._pool is not None
+        self._pool.recast(cause)
+
+    async def _tell_changes(self, crew: Crew) -> None:
+        """Record who takes part whenever that changes, for ever."""
+        while True:
+            await crew.roster.changed.wait()
+            crew.roster.changed.clear()
+            self._accounts.health = crew.roster.health(crew.installs)
+            await self._record(self._phase)
 
     async def _record(self, phase: str) -> TrainingState:
+        self._phase = phase
         state = self._accounts.state(phase)
         await self._cast.state.call("record", state, timeout_s=self._config.timeouts.call_s)
         return state
 
     def _on_incident(self, entry: Mapping[str, Any]) -> None:
-        if entry["event"] == "lost":
-            self._observer.stage(f"{entry['name']} is lost ({entry['cause']}); starting it again")
-        else:
-            self._observer.stage(f"{entry['name']} is back after {entry['after_s']:.1f} s")
+        self._observer.stage(TOLD[entry["event"]].format_map(entry))
         self._observer.incident(entry)

@@ -40,7 +40,7 @@ class Supervisor:
         self.restarts: Counter[str] = Counter()
         self._settings = config.supervision
         self._start_s = config.timeouts.start_s
-        self._report = report
+        self.report = report
         self._recent: defaultdict[str, deque[float]] = defaultdict(deque)
 
     async def begin(self, spec: ActorSpec) -> RemoteActor:
@@ -65,7 +65,7 @@ class Supervisor:
         lost_at = time.time()
         while True:
             delay_s = self._admit(name, cause)
-            self._report({"event": "lost", "name": name, "time": lost_at, "cause": first_line(cause)})
+            self.report({"event": "lost", "name": name, "time": lost_at, "cause": first_line(cause)})
             await asyncio.sleep(delay_s)
             try:
                 await start()
@@ -74,7 +74,7 @@ class Supervisor:
             except Exception as error:  # whatever keeps it from starting counts, and the limit ends it
                 cause, lost_at = error, time.time()
                 continue
-            self._report({"event": "back", "name": name, "time": time.time(), "after_s": time.time() - lost_at})
+            self.report({"event": "back", "name": name, "time": time.time(), "after_s": time.time() - lost_at})
             return
 
     async def watch(self, actor: RemoteActor) -> None:
@@ -128,6 +128,11 @@ class Member:
         """Who plays the part now."""
         assert self._actor is not None, f"{self.name} was not started"
         return self._actor
+
+    @property
+    def is_played(self) -> bool:
+        """Whether anybody plays the part, or did."""
+        return self._actor is not None
 
     def next_spec(self) -> ActorSpec:
         """What to start next; its incarnation is used up by that."""

@@ -138,11 +138,59 @@ def status(run: Folder) -> None:
 
 
 @app.command()
+def scale(
+    run: Folder,
+    words: Annotated[list[str] | None, typer.Argument(metavar="generators=N", help="How many the run shall have.")] = None,
+    timeout: Annotated[float, typer.Option(help="Longest wait, seconds; 0: what the run's own deadlines allow.", min=0.0)] = 0.0,
+) -> None:
+    """Have a living run take on more generators, or fewer, while it trains on."""
+    from async_rlhf.commands.scale import run_scale
+
+    run_scale(run, words or [], timeout, Console())
+
+
+@app.command()
 def report(run: Folder) -> None:
     """Write the run's report again: one self-contained HTML page."""
     from async_rlhf.report import write_report
 
     Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RUN] [CONF.yaml ...] [key=value ...]", help="A run to measure.")] = None,
+    rates: Annotated[Path | None, typer.Option(help="YAML file of rates instead of measured ones.")] = None,
+    generators: Annotated[str, typer.Option(help="Numbers to compare, for instance 1,2,4; default: 1, 2 and 4 times the config's.")] = "",
+    ranks: Annotated[str, typer.Option(help="Likewise; default: the config's.")] = "",
+    bounds: Annotated[str, typer.Option(help="Values of max_staleness, likewise.")] = "",
+    gpus: Annotated[int, typer.Option(min=0, help="Recommend a split of so many GPUs.")] = 0,
+    cores: Annotated[int, typer.Option(min=0, help="Recommend a split of so many CPU cores.")] = 0,
+    shared_cores: Annotated[int, typer.Option(min=0, help="All processes share this machine's so many cores; 0: each has its own.")] = 0,
+    median_tokens: Annotated[float, typer.Option(min=0.0, help="Log-normal lengths instead of the run's.")] = 0.0,
+    sigma: Annotated[float, typer.Option(min=0.0, help="Of their logarithm.")] = 0.5,
+    prompt_tokens: Annotated[float, typer.Option(min=0.0, help="Mean length of the prompts beside them.")] = 0.0,
+    json: Annotated[Path | None, typer.Option(help="File for everything that was predicted.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file: updates per hour over generators.")] = None,
+) -> None:
+    """Predict throughput, idle shares and staleness for other numbers of generators and ranks; recommend a split of a budget."""
+    from async_rlhf.commands.plan import Wishes, run_plan
+
+    wishes = Wishes(
+        rates=rates,
+        generators=generators,
+        ranks=ranks,
+        bounds=bounds,
+        gpus=gpus,
+        cores=cores,
+        shared_cores=shared_cores,
+        median_tokens=median_tokens,
+        sigma=sigma,
+        prompt_tokens=prompt_tokens,
+        json=json,
+        plot=plot,
+    )
+    run_plan(words or [], wishes, Console())
 
 
 @app.command()

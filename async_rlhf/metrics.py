@@ -124,6 +124,7 @@ METRICS: Mapping[str, Metric] = {
     "generate/tokens_per_s": Metric("mean", "completion tokens sampled per second, all generators, since the last update"),
     "generate/groups_per_s": Metric("mean", "groups sampled per second, all generators"),
     "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
+    "generate/generators": Metric("mean", "generators that took part in that time"),
     "generate/wait_ticket_share": Metric("mean", "share of it in which a generator with room for more waited for tickets"),
     "generate/running_requests": Metric("mean", "completions in the engines' batches, all generators, mean over that time"),
     "generate/waiting_requests": Metric("mean", "completions in the engines without a place in a batch, likewise"),

@@ -7,6 +7,7 @@ evaluations.jsonl one row per evaluation        opponents.json  the completions 
 report.html      the page for people            model/          the final policy, a Hugging Face folder
 origin.json      what the run began from        incidents.jsonl actors that were lost, and when they were back
 config-until-N.yaml the config that session N changed
+wanted.json      what `async-rlhf scale` asked for scaled.json   the driver's answer
 LOCK             held by the living driver      heartbeat       touched by it
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion

@@ -92,14 +92,15 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
         return sum((1 - _bounded(_number(row, key), 1.0)) * update_s for update_s, row in spans) / num
 
     update_s, sample_s, step_s = total_s / num, at_work("generate/idle_share"), mean("train/step_s")
-    pause_key = "weights/pause_s" if all("weights/pause_s" in row for _, row in spans) else "weights/install_s"
+    pauses = ("weights/pause_s", "weights/canary_s")
+    paused = pauses if all(key in row for _, row in spans for key in pauses) else ("weights/install_s",)
     known = [pool for pool in ("score", "reward") if all(math.isfinite(_number(row, f"{pool}/idle_share")) for _, row in spans)]
     return StageTimes(
         update_s=update_s,
         step_s=step_s,
         push_s=max(0.0, update_s - mean("queue/wait_s") - step_s),
         sample_s=sample_s,
-        pause_s=min(mean(pause_key), update_s - sample_s),
+        pause_s=min(sum(map(mean, paused)), update_s - sample_s),
         score_s=at_work("score/idle_share") if "score" in known else 0.0,
         reward_s=at_work("reward/idle_share") if "reward" in known else 0.0,
         score_known="score" in known,

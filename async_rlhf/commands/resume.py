@@ -23,6 +23,7 @@ from async_rlhf.recorder import HIDDEN, keep_config, without_secrets
 from async_rlhf.rewards import absolute_reward, absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
+from async_rlhf.scaling import forget_wishes, scaled_count
 from async_rlhf.state import read_state, write_atomically
 
 FIXED = ("batch_groups", "max_staleness", "task", "seed", "prompts.held_out")
@@ -45,7 +46,7 @@ def run_resume(folder: Path, words: Sequence[str], version: int | None, console:
         ConfigError: no such run or checkpoint, a living one, or a change that it cannot survive. JournalError: the journal is damaged.
     """
     folder = folder.resolve()
-    before, config = _configs(folder, words)
+    before, config = resumed_configs(folder, words)
     with sole_driver(folder):
         return _resume(folder, before, config, version, console)
 
@@ -87,6 +88,8 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     if changed:
         keep_config(folder, session)
     write_atomically(folder / "config.yaml", to_yaml(without_secrets(config)))
+    if scaled_count(folder) != config.generator.count:
+        forget_wishes(folder)  # or a wish of before would overrule what was asked for just now
     plan = RunPlan(
         config=config,
         run_folder=folder,
@@ -126,19 +129,26 @@ def read_origin(folder: Path) -> dict[str, str]:
         raise ConfigError(f"{folder} is no folder of a run: origin.json cannot be read ({error})") from None
 
 
-def _configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
-    """The run's config as it was, and as it shall be."""
+def resumed_configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]:
+    """The run's config as it was, and as it shall be: with the number of generators that it was scaled to, unless the words name one.
+
+    Raises:
+        ConfigError: no run, or words that cannot be. Nonsense in the files of a wish.
+    """
     files, overrides = split_arguments(list(words))
     own = folder / "config.yaml"
     if not own.is_file():
         raise ConfigError(f"{folder} is no run folder: it has no config.yaml; give the folder that `train` printed")
-    config = load_config([own, *files], overrides).config
+    before, config = load_config([own]).config, load_config([own, *files], overrides).config
+    asked = config.generator.count != before.generator.count or any(word.startswith("generator.count=") for word in overrides)
+    if not asked and (count := scaled_count(folder)):
+        config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, count=count))
     hidden = [name for name, value in config.env.items() if value == HIDDEN]
     if hidden:
         raise ConfigError(
             f"the saved config hides env.{hidden[0]}, a secret: give it again (env.{hidden[0]}=...), or better by the environment"
         )
-    return load_config([own]).config, config
+    return before, config
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:

@@ -177,6 +177,8 @@ class TimeoutsConfig:
     """Room on the cluster for all actors, and later for one whose node was lost."""
     generate_s: float = number(600.0, gt=0.0, le=1e6)
     """Longest silence of a generator that holds tickets."""
+    leave_s: float = number(120.0, ge=0.0, le=1e6)
+    """A generator that shall leave the run may finish its completions for so long; what is left then is sampled by others."""
     score_s: float = number(300.0, gt=0.0, le=1e6)
     batch_s: float = number(900.0, gt=0.0, le=1e6)
     """Longest wait of the learner for a batch."""

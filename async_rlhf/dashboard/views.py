@@ -149,7 +149,7 @@ def _down(incidents: Sequence[Fields]) -> set[str]:
     down: set[str] = set()
     for each in incidents:
         name = text(each.get("name"))
-        (down.add if each.get("event") == "lost" else down.discard)(name)
+        (down.add if each.get("event") in ("lost", "no_room", "rests") else down.discard)(name)
     return down
 
 

@@ -12,10 +12,12 @@ import actors.pipeline
 from actors.crew import Crew, UpdateRecord
 from actors.engine_loop import EngineUsage
 from actors.generator import Collected
+from actors.generator_pool import GeneratorPool
 from actors.launch import ActorSpec
-from actors.pipeline import produce, train
+from actors.pipeline import train
 from actors.remote import resolve, within
 from actors.replay_queue import Booked, Fact, HolderGone, Installed, NextBatch, ReplayQueue, ScoringFailed, WithScorer
+from actors.roster import Roster
 from actors.supervision import Member, Supervisor, guarded
 from actors.weight_broadcaster import Offer, WeightBroadcaster
 from async_rlhf.config import Config, load_config
@@ -274,15 +276,24 @@ class Stage:
         self.learner = FakeLearner(self.events)
         self.scorers = list(scorers) or [FakeScorer()]
         make_queue: Make = self.queue if callable(self.queue) else lambda name: self.queue
+        self._generators: dict[int, Member] = {}
+        self._make_generator = generator
         self.crew = Crew(
             supervisor=self.supervisor,
-            generators=[self._member(f"generator-{index}", generator) for index in range(num_generators)],
+            roster=Roster([self.generator(index) for index in range(num_generators)]),
             scorers=[self._member(f"scorer-{index}", lambda name, scorer=scorer: scorer) for index, scorer in enumerate(self.scorers)],
             queue=self._member("queue", make_queue),
             learner=self.learner,
             broadcaster=self._member("broadcaster", lambda name: broadcaster(20.0)),
             rewards=[self._member(f"reward-{index}", lambda name, reward=reward: reward) for index, reward in enumerate(rewards)],
         )
+        self.pool = GeneratorPool(self.crew, self.config, self.cluster, self.generator)
+
+    def generator(self, index: int) -> Member:
+        """The generator of that number; always the same one."""
+        if index not in self._generators:
+            self._generators[index] = self._member(f"generator-{index}", self._make_generator)
+        return self._generators[index]
 
     @property
     def members(self) -> list[Member]:
@@ -323,10 +334,10 @@ class Stage:
 
     def others(self) -> list[Coroutine[Any, Any, None]]:
         keepers = [member.keep() for member in (*self.crew.scorers, *self.crew.rewards, self.crew.queue, self.crew.broadcaster)]
-        return [*(produce(generator, self.crew, self.config) for generator in self.crew.generators), *keepers]
+        return [self.pool.work(), *keepers]
 
     def _member(self, name: str, make: Make) -> Member:
-        return Member(self.supervisor, name, lambda actor: ActorSpec(name=actor, cls=make, args=(actor,)))  # type: ignore[arg-type]
+        return Member(self.supervisor, name, lambda actor: ActorSpec(name=actor, place=name, cls=make, args=(actor,)))  # type: ignore[arg-type]
 
     def _on_call(self, handle: LocalHandle, method: str, args: tuple[Any, ...], through: bool) -> None:
         if not through:

@@ -304,7 +304,7 @@ class ChaosRun:
         began = psutil.Process(self.driver.pid).create_time() if self.driver.poll() is None else 0.0
         for entry in self._incidents():
             if entry["time"] >= began:
-                (absent.add if entry["event"] == "lost" else absent.discard)(entry["name"])
+                (absent.add if entry["event"] in ("lost", "no_room", "rests") else absent.discard)(entry["name"])
         return absent
 
     def _outliving(self) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.launch import ActorSpec
 from actors.remote import RemoteActor
-from async_rlhf.errors import AsyncRLHFError
+from async_rlhf.errors import AsyncRLHFError, NoRoomError
 
 OnCall = Callable[["LocalHandle", str, tuple[Any, ...], bool], None]
 """Told of each call (handle, method, arguments, whether it is through): it may end or freeze the handle's actor there."""
@@ -147,10 +147,31 @@ class LocalCluster:
         """Names, in order."""
         self.handles: dict[str, LocalHandle] = {}
         """By name; the dead ones stay."""
+        self.reserved: list[str] = []
+        """Places of those that joined, as long as they have them."""
+        self.free = 100
+        """How many more there is room for."""
+        self.homeless: set[str] = set()
+        """Places whose node is lost, as long as no other one has room."""
         self._on_call = on_call
 
-    async def placed(self, spec: ActorSpec) -> None:
-        """There is always room."""
+    async def reserve_more(self, spec: ActorSpec, timeout_s: float) -> None:
+        await asyncio.sleep(0)
+        if not self.free:
+            raise NoRoomError(f"{spec.place} found no room")
+        self.free -= 1
+        self.reserved.append(spec.place)
+
+    def release(self, place: str) -> None:
+        if place in self.reserved:
+            self.reserved.remove(place)
+            self.free += 1
+
+    async def placed(self, spec: ActorSpec, timeout_s: float | None = None) -> None:
+        if spec.place in self.homeless:
+            await asyncio.sleep(min(timeout_s or 0.0, 0.01))
+        if spec.place in self.homeless:
+            raise NoRoomError(f"{spec.place} lost its node")
 
     def start(self, spec: ActorSpec) -> RemoteActor:
         self.started.append(spec.name)

@@ -31,7 +31,14 @@ def usage(busy_s: float, num_tokens: int = 0) -> EngineUsage:
 
 
 def make_record(
-    update: int = 0, *, steps: int = 1, version: int = 0, train_s: float = 0.5, busy: dict[str, EngineUsage], score: float = 1.0
+    update: int = 0,
+    *,
+    steps: int = 1,
+    version: int = 0,
+    train_s: float = 0.5,
+    busy: dict[str, EngineUsage],
+    score: float = 1.0,
+    generator_s: float = 0.0,
 ):
     groups = tuple(make_scored(make_ticket(index), scores=(score, 0.0), version=version) for index in range(3))
     report = StepReport(
@@ -66,6 +73,8 @@ def make_record(
         usage=busy,
         installs=INSTALLS,
         take_s=0.015,
+        generator_s=generator_s,
+        health={"generator-0": "at work, version 1", "generator-1": "restarting"},
     )
 
 
@@ -100,7 +109,7 @@ def test_a_row_by_hand():
     set_back(accounts, 4.0)
     accounts.updates = 2
 
-    row = accounts.add(make_record(2, steps=3, busy={"a": usage(4.0, 120), "b": usage(2.0, 30)}), {})
+    row = accounts.add(make_record(2, steps=3, busy={"a": usage(4.0, 120), "b": usage(2.0, 30)}, generator_s=8.0), {})
 
     expected = {
         "update": 2,
@@ -108,6 +117,7 @@ def test_a_row_by_hand():
         "optimizer_steps": 9,
         "generate/tokens_per_s": 25.0,
         "generate/idle_share": 0.5,
+        "generate/generators": 2.0,
         "train/tokens_per_s": 400.0,
         "train/idle_share": 0.875,
         "train/step_s": 0.5,
@@ -148,7 +158,7 @@ def test_counts_add_up_over_updates():
     assert (state.reward_mean, state.best_reward_mean) == (pytest.approx(0.5), pytest.approx(1.0))
     assert state.staleness_max == 1
     assert state.queue == {"leased": 2, "scoring": 1, "waiting": 3, "taken": 0, "trained": 3}
-    assert state.actors == {"generator-0.0": "installed version 1", "generator-1.0": "installed version 0"}
+    assert state.actors == {"generator-0": "at work, version 1", "generator-1": "restarting"}
     assert accounts.dropped == {"tied": 4, "last_batch": 2, "refused_duplicate": 1}
     assert accounts.failed_prompts == {"p7": "the judge says no"}
 
@@ -185,10 +195,10 @@ def test_state_before_the_first_update_has_no_reward_and_round_trips():
 def test_idle_shares_of_the_run_count_from_the_first_ticket_to_the_last_update():
     """Ten seconds; generators busy 6 + 2 of 20 s before that is subtracted what they were busy with at the start."""
     accounts = Accounts(config=load_config(overrides=["generator.count=2"]).config, run_id="run-1")
-    accounts.begin({"a": usage(5.0), "b": usage(1.0)})
+    accounts.begin({"a": usage(5.0), "b": usage(1.0)}, generator_s=5.0)
     accounts.started_s -= 10.0
 
-    accounts.add(make_record(0, train_s=2.5, busy={"a": usage(11.0), "b": usage(3.0)}), {})
+    accounts.add(make_record(0, train_s=2.5, busy={"a": usage(11.0), "b": usage(3.0)}, generator_s=25.0), {})
 
     assert accounts.generator_idle_share == pytest.approx(1 - 8 / 20, abs=0.01)
     assert accounts.learner_idle_share == pytest.approx(0.75, abs=0.01)
@@ -223,10 +233,21 @@ def test_what_a_dead_generator_did_still_counts_and_its_successor_begins_at_zero
     accounts = make_accounts("g.0")
     set_back(accounts, 4.0)
 
-    row = accounts.add(make_record(busy={"g.0": usage(1.0, 40), "g.1": usage(1.0, 60)}), {})
+    row = accounts.add(make_record(busy={"g.0": usage(1.0, 40), "g.1": usage(1.0, 60)}, generator_s=4.0), {})
 
     assert row["generate/tokens_per_s"] == pytest.approx(25.0, rel=0.02)
     assert row["generate/idle_share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_idle_share_counts_the_seconds_that_generators_were_there_not_how_many_the_config_names():
+    """The config names one. Ten seconds, in the second half of which another one was there: busy 9 of 15 s, 1.5 on the mean."""
+    accounts = make_accounts("a")
+    set_back(accounts, 10.0)
+
+    row = accounts.add(make_record(busy={"a": usage(6.0), "b": usage(3.0)}, generator_s=15.0), {})
+
+    assert row["generate/idle_share"] == pytest.approx(0.4, abs=0.01) and row["generate/generators"] == pytest.approx(1.5, rel=0.02)
+    assert accounts.generator_idle_share == pytest.approx(0.4, abs=0.01)
 
 
 def test_an_update_without_any_living_install_has_a_row():

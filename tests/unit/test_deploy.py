@@ -19,6 +19,7 @@ import yaml
 from async_rlhf.cli import app
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
+from async_rlhf.demand import demands_of, shortage, total
 from tests.support.command import CHECKOUT
 from tests.support.deployment import DEPLOY, IN_THE_IMAGE, described_commands, document, documents, first_comment, lead_s
 from tests.support.kuberay import KubernetesManifest, Pod, check_manifest, quantity
@@ -47,7 +48,7 @@ def test_every_file_of_deploy_begins_with_its_one_command() -> None:
 def test_no_file_of_deploy_holds_a_secret() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in DEPLOY.rglob("*") if path.is_file()}
 
-    assert [name for name, text in texts.items() if re.search(r"[0-9a-fA-F]{32}|BEGIN [A-Z ]*PRIVATE KEY|kind: Secret", text)] == []
+    assert [name for name, text in texts.items() if re.search(r"\b[0-9a-f]{64}\b|BEGIN [A-Z ]*PRIVATE KEY|kind: Secret", text)] == []
 
 
 # Command lines
@@ -162,17 +163,22 @@ def test_ray_of_the_manifests_is_the_one_of_the_dependencies_behind_a_token(name
     assert spec["authOptions"] == {"mode": "token"}
 
 
-def test_job_goes_on_where_an_earlier_attempt_ended_and_asks_for_no_more_than_its_cluster_has() -> None:
+def test_job_goes_on_where_an_earlier_attempt_ended_and_fills_the_gpus_of_its_cluster() -> None:
     words = described_commands()["kuberay-rayjob.yaml"]
     config, spec = config_of(words), cluster_spec("kuberay-rayjob.yaml")
-    groups = [(group["replicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"]) for group in spec["workerGroupSpecs"]]
-    asked = config.generator.count * config.generator.num_gpus + config.learner.num_ranks * config.learner.num_gpus
-    cpus = config.generator.count * config.generator.num_cpus + config.learner.num_ranks * config.learner.num_cpus + config.scorer.num_cpus
+    workers = [(group["replicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"]) for group in spec["workerGroupSpecs"]]
+    nodes = [{"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])} for count, limits in workers for _ in range(count)]
 
-    assert "--resume" in words
-    assert config.run.dir.startswith("/runs/")
-    assert asked == sum(count * int(limits["nvidia.com/gpu"]) for count, limits in groups)
-    assert cpus <= sum(count * int(limits["cpu"]) for count, limits in groups)
+    assert "--resume" in words and config.run.dir.startswith("/runs/")
+    assert shortage(demands_of(config), nodes) == ""
+    assert total(demands_of(config))["GPU"] == sum(node["GPU"] for node in nodes)
+
+
+def test_described_slurm_job_fits_the_nodes_that_the_script_asks_for() -> None:
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", (DEPLOY / "slurm.sbatch").read_text(encoding="utf-8"), re.MULTILINE))
+    nodes = [{"CPU": float(asked["cpus-per-task"]), "GPU": float(asked["gpus-per-node"])}] * int(asked["nodes"])
+
+    assert shortage(demands_of(config_of(described_commands()["slurm.sbatch"])), nodes) == ""
 
 
 # The launcher

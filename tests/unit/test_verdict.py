@@ -218,10 +218,10 @@ def test_only_the_last_updates_count():
 
 
 def test_a_pause_that_was_measured_replaces_the_whole_install():
-    rows = [row | {"weights/pause_s": 0.01} for row in made_rows(wait=0.5, step=0.5, busy=0.6, install=0.3)]
+    rows = [row | {"weights/pause_s": 0.01, "weights/canary_s": 0.02} for row in made_rows(wait=0.5, step=0.5, busy=0.6, install=0.3)]
     times = stage_times(rows)
 
-    assert times is not None and times.pause_s == pytest.approx(0.01)
+    assert times is not None and times.pause_s == pytest.approx(0.03)
 
 
 share = st.floats(0.0, 1.0)

@@ -1,0 +1,182 @@
+"""`async-rlhf plan`: what other numbers of generators and ranks would do, from a run's own rates or from given ones."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from async_rlhf.config import Config, load_config
+from async_rlhf.config.load import split_arguments
+from async_rlhf.errors import ConfigError
+from async_rlhf.recorder import read_rows
+from async_rlhf.stage_times import stage_times
+from async_rlhf.state import write_atomically
+
+if TYPE_CHECKING:
+    from async_rlhf.planning.plans import Basis, Plan
+    from async_rlhf.planning.rates import Rates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What to plan for, and where to write it."""
+
+    rates: Path | None = None
+    generators: str = ""
+    ranks: str = ""
+    bounds: str = ""
+    gpus: int = 0
+    cores: int = 0
+    shared_cores: int = 0
+    """Of the machine that all processes run on, now and in the plans; 0: each has its own."""
+    median_tokens: float = 0.0
+    """0: as long as the run's completions were."""
+    sigma: float = 0.5
+    prompt_tokens: float = 0.0
+    json: Path | None = None
+    plot: Path | None = None
+
+
+def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
+    """Simulate, print a table, and write what was asked for.
+
+    Raises:
+        ConfigError: no run and no rates, a run too short to measure, numbers that no run could have.
+    """
+    from async_rlhf.planning.plans import compare, recommend
+
+    run, config = _inputs(words)
+    basis, rows = _basis(run, config, wishes)
+    if wishes.gpus and wishes.cores:
+        raise ConfigError("--gpus and --cores both give the budget; choose one")
+    best = None
+    if wishes.gpus or wishes.cores:
+        best, plans = recommend(basis, wishes.gpus or wishes.cores, "gpus" if wishes.gpus else "cores")
+    else:
+        count = config.generator.count
+        plans = compare(
+            basis,
+            generators=_numbers("--generators", wishes.generators) or sorted({min(factor * count, 4096) for factor in (1, 2, 4)}),
+            ranks=_numbers("--ranks", wishes.ranks) or [config.learner.num_ranks],
+            bounds=_numbers("--bounds", wishes.bounds, least=0) or [config.max_staleness],
+        )
+    console.print(_table(plans, best, scorers_known=basis.rates.score_call_s + basis.rates.score_token_s > 0))
+    _say(console, plans, best, stage_times(rows, window=len(rows)))
+    if wishes.json is not None:
+        write_atomically(wishes.json, json.dumps(_as_json(plans, best, basis.rates), indent=2) + "\n")
+    if wishes.plot is not None:
+        from async_rlhf.planning.plot import draw_plans
+
+        write_atomically(wishes.plot, draw_plans(plans))
+        console.print(f"plot: {wishes.plot}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _inputs(words: Sequence[str]) -> tuple[Path | None, Config]:
+    folders = [Path(word) for word in words if "=" not in word and Path(word).is_dir()]
+    if len(folders) > 1:
+        raise ConfigError(f"one run at a time can be planned from, got {', '.join(map(str, folders))}")
+    run = folders[0] if folders else None
+    if run is not None and not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no config.yaml; give the folder that `train` printed")
+    files, overrides = split_arguments([word for word in words if run is None or Path(word) != run])
+    return run, load_config([*([run / "config.yaml"] if run else []), *files], overrides).config
+
+
+def _basis(run: Path | None, config: Config, wishes: Wishes) -> "tuple[Basis, Sequence[Mapping[str, float]]]":
+    """Rates and lengths, given ones before measured ones; and the run's rows."""
+    from async_rlhf.planning.lengths import lognormal_lengths, measured_lengths
+    from async_rlhf.planning.model import calibrated_rates
+    from async_rlhf.planning.plans import Basis
+    from async_rlhf.planning.rates import read_rates
+
+    if run is None and wishes.rates is None:
+        raise ConfigError("nothing to plan from: give a run folder, or rates (--rates FILE.yaml) with --median-tokens")
+    if wishes.median_tokens:
+        lengths = lognormal_lengths(median=wishes.median_tokens, sigma=wishes.sigma, prompt_tokens=wishes.prompt_tokens, config=config)
+    elif run is None:
+        raise ConfigError("without a run the lengths of completions are not known; give --median-tokens (and --sigma, --prompt-tokens)")
+    else:
+        lengths = measured_lengths(run, load_config([run / "config.yaml"]).config)
+    rows, num_cores = read_rows(run) if run is not None else [], wishes.shared_cores or math.inf
+    if wishes.rates is not None:
+        return Basis(config=config, rates=read_rates(wishes.rates), lengths=lengths, num_cores=num_cores), rows
+    assert run is not None
+    own = load_config([run / "config.yaml"]).config
+    rates = calibrated_rates(rows, own, measured_lengths(run, own), num_cores)
+    return Basis(config=config, rates=rates, lengths=lengths, num_cores=num_cores), rows
+
+
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """`1,2,4` as numbers."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} must be whole numbers with commas between them, got {text!r}") from None
+    if any(number < least for number in numbers):
+        raise ConfigError(f"{option} must be numbers >= {least}, got {text!r}")
+    return numbers
+
+
+def _table(plans: "Sequence[Plan]", best: "Plan | None", *, scorers_known: bool) -> Table:
+    table = Table(title="predicted (staleness: mean/largest)")
+    for column in ("generators", "ranks", "bound", "updates/h", "compl./s", "idle: gen.", "scorer", "learner", "staleness"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for plan in plans:
+        found, config = plan.prediction, plan.config
+        table.add_row(
+            str(config.generator.count),
+            str(config.learner.num_ranks),
+            str(config.max_staleness),
+            f"{found.updates_per_h:,.0f}",
+            f"{found.completions_per_s:,.1f}",
+            f"{found.generator_idle:.0%}",
+            f"{found.scorer_idle:.0%}" if scorers_known else "-",
+            f"{found.learner_idle:.0%}",
+            f"{found.staleness_mean:.2f}/{max(found.staleness, default=0)}",
+            style="bold" if plan is best else "",
+        )
+    return table
+
+
+def _say(console: Console, plans: "Sequence[Plan]", best: "Plan | None", times: Any) -> None:
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if times is not None:
+        idle = f"generators idle {times.generators_idle:.0%}, learner idle {times.learner_idle:.0%}"
+        say(f"measured in the run: {3600 / times.update_s:,.0f} updates/h, {idle}")
+    if best is not None:
+        config = best.config
+        say(
+            f"recommended: generator.count={config.generator.count} learner.num_ranks={config.learner.num_ranks} "
+            f"max_staleness={config.max_staleness} ({best.prediction.updates_per_h:,.0f} updates/h)"
+        )
+
+
+def _as_json(plans: "Sequence[Plan]", best: "Plan | None", rates: "Rates") -> Mapping[str, Any]:
+    from async_rlhf.planning.rates import as_mapping
+
+    return {
+        "rates": dict(as_mapping(rates)),
+        "plans": [
+            {
+                "generators": plan.config.generator.count,
+                "ranks": plan.config.learner.num_ranks,
+                "max_staleness": plan.config.max_staleness,
+                "updates_per_h": plan.prediction.updates_per_h,
+                "completions_per_s": plan.prediction.completions_per_s,
+                "tokens_per_s": plan.prediction.tokens_per_s,
+                "generator_idle_share": plan.prediction.generator_idle,
+                "scorer_idle_share": plan.prediction.scorer_idle,
+                "learner_idle_share": plan.prediction.learner_idle,
+                "staleness": {str(staleness): share for staleness, share in plan.prediction.staleness.items()},
+                "recommended": plan is best,
+            }
+            for plan in plans
+        ],
+    }

@@ -1,0 +1,280 @@
+"""The pipeline as a discrete-event simulation, with the real queue in it.
+
+The replay buffer that grants, keeps and decides is `async_rlhf.replay.ReplayBuffer` itself, over the real `StalenessRule` and `Ledger`:
+the bound holds in the model by the same code as in a run, and is asserted there for every token. Modelled are those around it, after
+the two loops of `actors/pipeline.py`: engines (engine.py), scorers as a pool, the learner (take, train_step, push, book) and installs;
+and, where all of them run on one machine without a GPU, the cores that they share (cores.py).
+
+Many generators: with more than MAX_GENERATORS (or MAX_LIVE_GROUPS groups on their way), one simulated generator and one simulated group
+stand for `scale` real ones. Shares and rates per member stay what they are, as all work is divided alike; only chance evens out less,
+so the model of a large fleet is a little pessimistic about stragglers.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simpy
+
+from async_rlhf.config import Config
+from async_rlhf.ledger import Ledger
+from async_rlhf.planning.cores import Cores
+from async_rlhf.planning.engine import ModelEngine
+from async_rlhf.planning.lengths import Lengths
+from async_rlhf.planning.prediction import Prediction, Scope
+from async_rlhf.planning.rates import Rates
+from async_rlhf.prompts import PromptCursor
+from async_rlhf.replay import ReplayBuffer
+from async_rlhf.staleness import StalenessRule
+from async_rlhf.tickets import PutOutcome, ReplaySettings
+from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
+
+MAX_GENERATORS = 32
+"""Simulated one by one."""
+MAX_LIVE_GROUPS = 1024
+WARM_UP = 5
+"""Updates before the measurement begins."""
+
+Steps = Generator[Any, Any, None]
+
+
+class _Prompts:
+    """A source without end: what is asked plays no part."""
+
+    exhausted = False
+
+    def __init__(self) -> None:
+        self._prompt = Prompt(prompt_id="", text="", token_ids=np.empty(0, dtype=np.int32))
+        self.cursor = PromptCursor(epoch=0, index=0)
+
+    def draw(self) -> tuple[Prompt, int]:
+        return self._prompt, 0
+
+
+class _Signal:
+    """Wakes all who wait for it."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._event = env.event()
+
+    def notify(self) -> None:
+        event, self._event = self._event, self._env.event()
+        event.succeed()
+
+    def wait(self) -> simpy.Event:
+        return self._event
+
+
+@dataclass
+class _Member:
+    """One simulated generator."""
+
+    name: str
+    engine: ModelEngine
+    changed: _Signal
+    installed: int = 0
+    inflight: int = 0
+
+
+class PipelineModel:
+    """One simulation. The processes carry the names of the loops of actors/pipeline.py."""
+
+    def __init__(self, config: Config, rates: Rates, lengths: Lengths, scope: Scope) -> None:
+        live = (config.max_staleness + 1) * config.batch_groups
+        scale = max(1.0, config.generator.count / MAX_GENERATORS, min(live / MAX_LIVE_GROUPS, config.generator.count))
+        self._num_generators = max(1, round(config.generator.count / scale))
+        self._scale = config.generator.count / self._num_generators
+        self._batch_groups = max(1, round(config.batch_groups / self._scale))
+        self._config, self._rates, self._lengths, self._num_updates = config, rates, lengths, scope.num_updates
+        self._env = simpy.Environment()
+        self._cores = Cores(self._env, scope.num_cores / self._scale)
+        self._rng = np.random.default_rng(scope.seed)
+        self._buffer = self._make_buffer()
+        self._grantable, self._arrived, self._published = (_Signal(self._env) for _ in range(3))
+        num_scorers = max(1, round(config.scorer.count / self._scale))
+        self._scorer_share = config.scorer.count / self._scale / num_scorers
+        """Real scorers per simulated one and unit of work; 1 where the numbers come out even."""
+        self._scorers = simpy.Resource(self._env, num_scorers)
+        self._groups: dict[int, tuple[int, Sequence[float], bool]] = {}
+        """Ticket id -> version at the start, lengths, tied."""
+        self._version = 0
+        self._kept = 0
+        """Groups kept since the last decision that are not in a batch."""
+        self._busy = {"scorers": 0.0, "learner": 0.0}
+        self._alone = {"scorers": 0.0, "learner": 0.0}
+        """The same work on cores of its own."""
+        self._staleness = Counter[int]()
+        self._waiting: list[int] = []
+        self._marks: list[tuple[float, dict[str, float]]] = []
+
+    def run(self) -> Prediction:
+        """To the end of the last update."""
+        self._members = [self._make_member(index) for index in range(self._num_generators)]
+        for member in self._members:
+            for process in (self._feed, self._refresh):
+                self._env.process(process(member))
+        self._env.run(until=self._env.process(self._train()))
+        return self._prediction()
+
+    def _make_buffer(self) -> ReplayBuffer:
+        config = self._config
+        settings = ReplaySettings(
+            num_updates=self._num_updates + config.max_staleness + 2,  # the last updates are not short of prompts
+            order=config.queue.order,
+            max_replacements_per_batch=round(config.max_replacements_per_batch / self._scale),
+            lease_s=float("inf"),
+        )
+        rule = StalenessRule(batch_groups=self._batch_groups, max_staleness=config.max_staleness)
+        return ReplayBuffer(rule, _Prompts(), settings, Ledger())
+
+    def _make_member(self, index: int) -> _Member:
+        finished: list[Ticket] = []
+        changed = _Signal(self._env)
+
+        def on_finished(ticket: Ticket) -> None:
+            finished.append(ticket)
+            changed.notify()
+
+        member = _Member(name=f"generator-{index}", engine=ModelEngine(self._env, self._rates, self._cores, on_finished), changed=changed)
+        self._env.process(self._drain(member, finished))
+        return member
+
+    def _feed(self, member: _Member) -> Steps:
+        capacity = self._config.groups_inflight
+        while True:
+            while member.inflight >= capacity:
+                yield member.changed.wait()
+            yield self._env.timeout(self._rates.call_s)
+            tickets = self._buffer.grant(member.name, member.installed, capacity - member.inflight, self._env.now)
+            if not tickets:
+                yield self._grantable.wait() | member.changed.wait()
+                continue
+            yield self._env.timeout(self._rates.call_s)
+            for ticket in tickets:
+                lengths, tied = self._lengths.draw(self._rng, self._config.completions_per_prompt)
+                self._groups[ticket.ticket_id] = member.installed, lengths.tolist(), tied
+                member.engine.add(ticket, lengths.tolist())
+            member.inflight += len(tickets)
+            member.engine.wake()
+
+    def _drain(self, member: _Member, finished: list[Ticket]) -> Steps:
+        while True:
+            while not finished:
+                yield member.changed.wait()
+            yield self._env.timeout(self._rates.call_s)
+            tickets, finished[:] = sorted(finished, key=lambda ticket: ticket.ticket_id), []
+            member.inflight -= len(tickets)
+            member.changed.notify()
+            self._env.process(self._score(tickets))
+
+    def _score(self, tickets: Sequence[Ticket]) -> Steps:
+        self._buffer.mark_scoring(tickets, self._env.now)
+        prompt, size = self._lengths.prompt_tokens, self._config.completions_per_prompt
+        tokens = sum(sum(self._groups[ticket.ticket_id][1]) + size * prompt for ticket in tickets)
+        with self._scorers.request() as turn:
+            yield turn
+            work_s = (self._rates.score_call_s + self._rates.score_token_s * tokens) / self._scorer_share
+            began = self._env.now
+            yield from self._cores.work(work_s)
+            self._spend("scorers", began, work_s)
+        yield self._env.timeout(self._rates.call_s)
+        voided = False
+        for ticket in tickets:
+            outcome = self._buffer.put(self._scored(ticket))
+            voided |= outcome is PutOutcome.TIED
+            self._kept += outcome is PutOutcome.KEPT
+        self._arrived.notify()
+        if voided:
+            self._grantable.notify()
+
+    def _refresh(self, member: _Member) -> Steps:
+        while True:
+            while self._version <= member.installed:
+                yield self._published.wait()
+            offer = self._version
+            yield self._env.timeout(self._rates.call_s + self._rates.transfer_s)
+            yield member.engine.pause(self._rates.pause_s)
+            member.installed = offer
+            member.changed.notify()
+
+    def _train(self) -> Steps:
+        config, rates = self._config, self._rates
+        for update in range(self._num_updates):
+            batch = None
+            while batch is None:
+                if self._kept >= self._batch_groups:
+                    batch = self._buffer.decide()
+                if batch is None:
+                    yield self._arrived.wait()
+            self._kept -= len(batch.groups)
+            self._staleness.update(batch.staleness if update >= WARM_UP else ())
+            groups = [self._groups.pop(scored.group.ticket.ticket_id) for scored in batch.groups]
+            sampled = sum(sum(lengths) for _, lengths, _ in groups)
+            tokens = self._scale * (sampled + len(groups) * config.completions_per_prompt * self._lengths.prompt_tokens)
+            algorithm = config.algorithm
+            step_s = rates.train_step_s(
+                tokens, ranks=config.learner.num_ranks, epochs=algorithm.epochs_per_batch, minibatches=algorithm.minibatches_per_batch
+            )
+            yield from self._cores.work(rates.take_s)
+            began = self._env.now
+            yield from self._cores.work(step_s, config.learner.num_ranks / self._scale)
+            self._spend("learner", began, step_s)
+            yield from self._cores.work(rates.export_s)
+            self._version = update + 1
+            self._published.notify()
+            yield from self._cores.work(rates.book_s)
+            self._buffer.mark_trained(update, 0, ())
+            self._buffer.ledger.forget_before(update)
+            self._waiting.append(self._kept)
+            self._mark()
+
+    def _spend(self, stage: str, began: float, alone_s: float) -> None:
+        self._busy[stage] += self._env.now - began
+        self._alone[stage] += alone_s
+
+    def _scored(self, ticket: Ticket) -> ScoredGroup:
+        version, lengths, tied = self._groups[ticket.ticket_id]
+        rollouts = tuple(_rollout(version, int(tokens)) for tokens in lengths)
+        scores = np.zeros(len(lengths), dtype=np.float32)
+        scores[0] = 0.0 if tied else 1.0
+        group = RolloutGroup(ticket=ticket, rollouts=rollouts)
+        return ScoredGroup(group=group, scores=scores, reference_logprobs=(), completions=())
+
+    def _mark(self) -> None:
+        for member in self._members:
+            member.engine.count()
+        busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
+        tokens = sum(member.engine.num_tokens for member in self._members)
+        self._marks.append((self._env.now, {**busy, "tokens": tokens}))
+
+    def _prediction(self) -> Prediction:
+        (began, before), (ended, after) = self._marks[WARM_UP - 1], self._marks[-1]
+        passed_s, num = ended - began, self._num_updates - WARM_UP
+        spent = {key: after.get(key, 0.0) - before.get(key, 0.0) for key in after}
+        trained = sum(self._staleness.values())
+        alone = {"generators": sum(member.engine.alone_s for member in self._members), **self._alone}
+        busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
+        update_s = passed_s / num
+        return Prediction(
+            update_s=update_s,
+            completions_per_s=self._config.batch_groups * self._config.completions_per_prompt / update_s,
+            tokens_per_s=self._scale * spent["tokens"] / passed_s,
+            generator_idle=1 - spent["generators"] / (passed_s * self._num_generators),
+            scorer_idle=1 - spent.get("scorers", 0.0) / (passed_s * self._scorers.capacity),
+            learner_idle=1 - spent["learner"] / passed_s,
+            staleness={staleness: num_groups / trained for staleness, num_groups in sorted(self._staleness.items())},
+            slowdown={stage: busy[stage] / alone[stage] if alone[stage] > 0 else 1.0 for stage in busy},
+            waiting_groups=self._scale * float(np.mean(self._waiting[WARM_UP:])),
+        )
+
+
+def _rollout(version: int, tokens: int) -> Rollout:
+    return Rollout(
+        completion_ids=np.empty(0, dtype=np.int32),
+        behavior_logprobs=np.empty(0, dtype=np.float32),
+        version_spans=(VersionSpan(version=version, start=0, end=tokens),),
+        finish_reason=FinishReason.STOP,
+    )

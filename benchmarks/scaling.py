@@ -1,0 +1,189 @@
+"""1 to 4,096 generators on paper: what the queue, the broadcast of weights and the object store take, against the time that an update has.
+
+    python benchmarks/scaling.py [--quick] [--json FILE] [--plot FILE.svg]
+
+The fleet (FLEET, GIVEN) is assumed: a 7-billion-parameter policy, one GPU per generator and per rank, batches that grow with the fleet.
+Its updates are simulated (async_rlhf/planning/model.py). What the queue costs is measured here: the real ReplayBuffer, Ledger and journal,
+one process, groups of GROUP_COMPLETIONS completions. How long weights travel is arithmetic over WEIGHTS_BYTES and LINK_BYTES_PER_S.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from async_rlhf.config import Config
+from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
+from async_rlhf.history import History
+from async_rlhf.journal import Journal
+from async_rlhf.planning.lengths import lognormal_lengths
+from async_rlhf.planning.model import predict
+from async_rlhf.planning.plot import draw_lines
+from async_rlhf.planning.rates import Rates
+from async_rlhf.prompts import PromptCursor
+from async_rlhf.replay import ReplayBuffer
+from async_rlhf.staleness import StalenessRule
+from async_rlhf.tickets import ReplaySettings
+from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
+
+GROUP_COMPLETIONS = 8
+GROUPS_PER_GENERATOR = 32
+MAX_STALENESS = 2
+"""Of a batch: B = this x generators; an engine holds as many groups at once."""
+MEDIAN_TOKENS, SIGMA, MAX_TOKENS, PROMPT_TOKENS = 400.0, 0.7, 2048, 200.0
+GIVEN = Rates(
+    engine_step_s=0.012,
+    engine_completion_s=6e-5,
+    train_token_s=1.05e-4,
+    optimizer_s=0.05,
+    allreduce_s=0.28,
+    take_s=0.3,
+    export_s=1.5,
+    transfer_s=3.0,
+    pause_s=1.0,
+    score_token_s=2e-6,
+    call_s=0.005,
+)
+"""Assumed: 7e9 parameters, 6 flops per parameter and token at 4e14 flop/s on a rank; 14 GB of gradient at 50 GB/s; a step of 256
+completions takes 27 ms."""
+WEIGHTS_BYTES = 14e9
+LINK_BYTES_PER_S = 25e9
+"""Of a node: 200 Gbit/s."""
+GENERATORS_PER_NODE = 8
+TOKEN_BYTES = 12
+"""Of a scored completion's token: id and two log-probabilities."""
+FLEET = tuple(4**power for power in range(7))
+QUEUE_GENERATORS = (1, 16, 128)
+"""At which the queue's cost is measured; between and beyond, a line in the number of live groups."""
+
+
+class Endless:
+    """Prompts without end, all alike."""
+
+    exhausted = False
+
+    def __init__(self) -> None:
+        self.cursor = PromptCursor(epoch=0, index=0)
+        self._prompt = Prompt(prompt_id="p", text="a question" * 20, token_ids=np.zeros(int(PROMPT_TOKENS), dtype=np.int32))
+
+    def draw(self) -> tuple[Prompt, int]:
+        return self._prompt, 0
+
+
+def scored(ticket: Ticket, version: int) -> ScoredGroup:
+    """A group of median length."""
+    tokens = int(MEDIAN_TOKENS)
+    ids, logprobs = np.zeros(tokens, dtype=np.int32), np.zeros(tokens, dtype=np.float32)
+    rollout = Rollout(
+        completion_ids=ids,
+        behavior_logprobs=logprobs,
+        version_spans=(VersionSpan(version=version, start=0, end=tokens),),
+        finish_reason=FinishReason.STOP,
+    )
+    return ScoredGroup(
+        group=RolloutGroup(ticket=ticket, rollouts=(rollout,) * GROUP_COMPLETIONS),
+        scores=np.arange(GROUP_COMPLETIONS, dtype=np.float32),
+        reference_logprobs=(logprobs,) * GROUP_COMPLETIONS,
+        completions=("an answer " * 100,) * GROUP_COMPLETIONS,
+    )
+
+
+def queue_cost_s(batch_groups: int, *, journaled: bool) -> float:
+    """Seconds of CPU time that the queue spends on one group, from its ticket to its batch, with all live groups there."""
+    config = Config(batch_groups=batch_groups)
+    with tempfile.TemporaryDirectory() as folder:
+        history = None
+        if journaled:
+            identity = {"batch_groups": batch_groups, "max_staleness": MAX_STALENESS}
+            history = History(Journal(Path(folder) / "journal"), config.reward, identity, 0)
+        rule = StalenessRule(batch_groups=batch_groups, max_staleness=MAX_STALENESS)
+        settings = ReplaySettings(num_updates=1000)
+        buffer = ReplayBuffer(rule, Endless(), settings, history.ledger if history is not None else None)
+        waiting = buffer.grant("g", 0, (MAX_STALENESS + 1) * batch_groups, 0.0)  # as many as may be on their way
+        if history is not None:
+            history.flush()
+        calls = max(1, batch_groups // GROUPS_PER_GENERATOR)
+        size, began, num = batch_groups // calls, time.process_time(), 0
+        for _ in range(min(calls, 8)):
+            share, waiting = waiting[:size], waiting[size:]
+            buffer.mark_scoring(share, 0.0)
+            for ticket in share:
+                buffer.put(scored(ticket, 0))
+            buffer.decide()
+            buffer.grant("g", 0, size, 0.0)
+            if history is not None:
+                history.flush()
+            num += len(share)
+        return (time.process_time() - began) / num
+
+
+def fleet(generators: int) -> Config:
+    """The assumed run of that size: as many ranks as generators."""
+    return Config(
+        batch_groups=GROUPS_PER_GENERATOR * generators,
+        completions_per_prompt=GROUP_COMPLETIONS,
+        max_staleness=MAX_STALENESS,
+        generator=GeneratorConfig(count=generators, max_inflight=256, max_new_tokens=MAX_TOKENS, max_model_len=4096),
+        learner=LearnerConfig(num_ranks=generators),
+        scorer=ScorerConfig(count=max(1, generators // 8)),
+    )
+
+
+def broadcast_s(generators: int) -> tuple[float, float]:
+    """Seconds until every node has a version: all from one node, and in doubling rounds. One node needs none."""
+    nodes = math.ceil(generators / GENERATORS_PER_NODE)
+    one_s = WEIGHTS_BYTES / LINK_BYTES_PER_S
+    return (nodes - 1) * one_s, math.ceil(math.log2(nodes)) * one_s if nodes > 1 else 0.0
+
+
+def main() -> None:
+    """Measure, simulate, print one table, and write the numbers and the plot where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1 to 16 generators")
+    parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}}")
+    parser.add_argument("--plot", type=Path, help="where to draw it")
+    arguments = parser.parse_args()
+    queue_cost_s(GROUPS_PER_GENERATOR, journaled=True)  # imports
+    lives = [GROUPS_PER_GENERATOR * num for num in QUEUE_GENERATORS]
+    costs = [queue_cost_s(live, journaled=True) for live in lives]
+    bare = [queue_cost_s(live, journaled=False) for live in lives]
+    slope, fixed = np.polyfit(lives, costs, 1)
+    for live, cost, without in zip(lives, costs, bare, strict=True):
+        print(f"queue, B {live:>6}: {1e3 * cost:.2f} ms per group, {1e3 * without:.2f} ms of it without the journal")
+    print(f"queue: {1e3 * fixed:.2f} ms per group + {1e6 * slope:.2f} us per group of the batch")
+    head = ("generators", "update s", "completions/s", "idle g/l", "queue s", "one node s", "doubling s", "groups GB")
+    print("".join(f"{word:>14}" for word in head))
+    metrics: dict[str, float] = {}
+    lines: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in ("an update", "queue", "weights from one node", "weights, doubling")
+    }
+    for generators in FLEET[:3] if arguments.quick else FLEET:
+        config, began = fleet(generators), time.perf_counter()
+        lengths = lognormal_lengths(median=MEDIAN_TOKENS, sigma=SIGMA, prompt_tokens=PROMPT_TOKENS, config=config)
+        found = predict(config, GIVEN, lengths, num_updates=12)
+        simulated_s = time.perf_counter() - began
+        queue_s = config.batch_groups * max(fixed + slope * config.batch_groups, 0.0)
+        one_s, doubling_s = broadcast_s(generators)
+        group_bytes = GROUP_COMPLETIONS * lengths.mean_tokens * TOKEN_BYTES * (MAX_STALENESS + 1) * config.batch_groups
+        idle = f"{found.generator_idle:.0%}/{found.learner_idle:.0%}"
+        times = (f"{seconds:.1f}" for seconds in (queue_s, one_s, doubling_s))
+        cells = (generators, f"{found.update_s:.1f}", f"{found.completions_per_s:,.0f}", idle, *times, f"{group_bytes / 1e9:.2f}")
+        print("".join(f"{cell:>14}" for cell in cells), f"  (simulated in {simulated_s:.1f} s)", flush=True)
+        values = (found.update_s, queue_s, one_s, doubling_s)
+        for line, value in zip(lines.values(), values, strict=True):
+            if value > 0:
+                line.append((generators, value))
+        metrics |= {f"{name.replace(' ', '_')}_{generators}_s": value for name, value in zip(lines, values, strict=True)}
+    if arguments.json:
+        metrics |= {"queue_fixed_s": float(fixed), "queue_per_batch_group_s": float(slope)}
+        arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
+    if arguments.plot:
+        arguments.plot.write_text(draw_lines(lines, "generators", "seconds per update", logarithmic=True), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

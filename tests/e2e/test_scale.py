@@ -1,0 +1,85 @@
+"""Generators join and leave a real run that goes on, by the command line."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from async_rlhf.audit import audit
+from tests.support.command import CHECKOUT, command, environment, ray_processes, rows_of, run_cli, summary_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+WORDS = (
+    *("train", "conf/quickstart.yaml", "generator.engine=transformers", "batch_groups=16", "updates=100000", "run.local_cpus=4"),
+    *("evaluation.num_prompts=20", "supervision.ping_s=1", "timeouts.stop_s=60"),
+)
+
+
+def generator_processes() -> int:
+    """How many of these tests' processes host a generator."""
+    titles: list[str] = []
+    for pid in ray_processes():
+        with suppress(psutil.Error):
+            titles.append(" ".join(psutil.Process(pid).cmdline()))
+    return sum(re.match(r"ray::Generator\b", title) is not None for title in titles)
+
+
+def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_path: Path) -> None:
+    """One -> two -> one, then four, for which the cluster (4 CPUs) has no room."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as stream:
+        driver = subprocess.Popen(
+            command(*WORDS, f"run.dir={folder}"), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT
+        )
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        ends = time.monotonic() + 180
+        while not what():
+            assert driver.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()[-3000:]}"
+            time.sleep(0.2)
+
+    def more_rows(number: int) -> None:
+        file = folder / "metrics.jsonl"
+        before = len(rows_of(folder)) if file.is_file() else 0
+        wait_for(lambda: file.is_file() and len(rows_of(folder)) >= before + number)
+
+    try:
+        more_rows(2)
+        assert generator_processes() == 1
+
+        up = run_cli("scale", str(folder), "generators=2")
+        assert up.code == 0 and "generators 1 -> 2 after" in up.output, up.output
+        more_rows(3)
+        assert generator_processes() == 2
+        status = run_cli("status", str(folder))
+        assert "generator-0: at work, version" in status.output and "generator-1: at work, version" in status.output
+
+        full = run_cli("scale", str(folder), "generators=4")
+        assert full.code == 1 and "refused, nothing has changed" in full.output and "free are 0 CPU" in full.output, full.output
+
+        down = run_cli("scale", str(folder), "generators=1")
+        assert down.code == 0 and "generators 2 -> 1 after" in down.output, down.output
+        more_rows(3)
+        assert generator_processes() == 1
+    finally:
+        driver.send_signal(signal.SIGINT)
+        code = driver.wait(timeout=120)
+
+    assert code == 130, log.read_text()[-3000:]
+    found = audit(folder)
+    assert found.problems == () and (found.lost, found.duplicated, found.bound_violations) == (0, 0, 0)
+    assert 0.9 < max(row["generate/generators"] for row in rows_of(folder)) <= 2.1
+    assert summary_of(folder)["restarts"] == {}
+    events = [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
+    assert [(entry["event"], entry["name"]) for entry in events] == [("joined", "generator-1"), ("left", "generator-1")]
+
+    again = run_cli("scale", str(folder), "generators=2")
+    assert again.code == 2 and "got one that is interrupted" in again.output and "generator.count=2" in again.output

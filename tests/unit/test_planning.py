@@ -1,0 +1,453 @@
+"""The model of the pipeline: its engine by hand, its updates against closed forms, and what it refuses."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from async_rlhf.commands.plan import Wishes, run_plan
+from async_rlhf.config import Config, to_yaml
+from async_rlhf.config.algorithms import AlgorithmConfig
+from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
+from async_rlhf.errors import ConfigError
+from async_rlhf.planning.cores import Cores
+from async_rlhf.planning.engine import ModelEngine
+from async_rlhf.planning.lengths import Lengths, lognormal_lengths, measured_lengths
+from async_rlhf.planning.model import calibrated_rates, predict, rates_alone
+from async_rlhf.planning.pipeline import MAX_GENERATORS
+from async_rlhf.planning.plans import Basis, compare, recommend
+from async_rlhf.planning.rates import Rates, measured_rates, read_rates
+from async_rlhf.rollout_table import GroupFate, write_part
+from async_rlhf.types import Ticket
+from tests.support.samples import make_scored, make_ticket
+
+CONFIG = Config(batch_groups=8, completions_per_prompt=2, generator=GeneratorConfig(max_inflight=32), max_staleness=1)
+FAST = Rates(engine_step_s=0.0, engine_completion_s=1e-6, call_s=0.0)
+"""Everything takes next to nothing; tests slow one stage down."""
+
+
+def even(tokens: float = 10.0, *, tied: float = 0.0, prompt: float = 0.0) -> Lengths:
+    """Completions of one length; every so many-th group is tied."""
+    ties = np.arange(100) < 100 * tied
+    return Lengths(tokens=np.full((100, 2), tokens), tied=ties, prompt_tokens=prompt)
+
+
+# The engine
+
+
+def finish_times(
+    adds: dict[float, list[tuple[int, list[float]]]], pauses: dict[float, float] | None = None, num_cores: float = math.inf
+) -> tuple[dict[int, float], float]:
+    """When each ticket's group is finished, and for how long the engine was busy; steps of n completions take 1 + n seconds."""
+    env, ends = simpy.Environment(), dict[int, float]()
+
+    def on_finished(ticket: Ticket) -> None:
+        ends[ticket.ticket_id] = env.now
+
+    engine = ModelEngine(env, Rates(engine_step_s=1.0, engine_completion_s=1.0), Cores(env, num_cores), on_finished)
+
+    def give():
+        for at, groups in sorted(adds.items()):
+            yield env.timeout(at - env.now)
+            for number, lengths in groups:
+                engine.add(make_ticket(number), lengths)
+            engine.wake()
+
+    def hold():
+        for at, seconds in sorted((pauses or {}).items()):
+            yield env.timeout(at - env.now)
+            yield engine.pause(seconds)
+
+    env.process(give())
+    env.process(hold())
+    env.run(until=1000)
+    engine.count()
+    return ends, engine.busy_s
+
+
+def test_a_group_is_finished_with_its_last_completion():
+    """Lengths 3 and 5: three steps of two completions at 3 s, then two steps of one at 2 s."""
+    assert finish_times({0.0: [(0, [3.0, 5.0])]}) == ({0: pytest.approx(13.0)}, pytest.approx(13.0))
+
+
+def test_a_group_that_joins_slows_the_others_down():
+    """One completion alone makes 2 steps in 4 s; then both advance by a step in 3 s: the first one has 2 left, 6 s; the other 1, 2 s."""
+    ends, busy_s = finish_times({0.0: [(0, [4.0])], 4.0: [(1, [3.0])]})
+
+    assert ends == {0: pytest.approx(10.0), 1: pytest.approx(12.0)} and busy_s == pytest.approx(12.0)
+
+
+def test_a_pause_delays_everything_and_is_no_work():
+    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, pauses={2.0: 5.0})
+
+    assert ends == {0: pytest.approx(11.0)} and busy_s == pytest.approx(6.0)
+
+
+def test_work_that_comes_during_a_pause_begins_after_it():
+    ends, busy_s = finish_times({1.0: [(0, [1.0])], 2.0: [(1, [1.0])]}, pauses={0.0: 5.0})
+
+    assert ends == {0: pytest.approx(8.0), 1: pytest.approx(8.0)} and busy_s == pytest.approx(3.0)
+
+
+def test_processes_that_share_a_core_take_turns():
+    """Two of 1 s and 3 s on one core: both at half speed until 2 s, then one alone for its last 2 s. On two cores nobody waits."""
+    for num_cores, ends in ((1, [2.0, 4.0]), (2, [1.0, 3.0])):
+        env, done = simpy.Environment(), list[float]()
+        cores = Cores(env, num_cores)
+
+        def work(seconds: float, env: simpy.Environment = env, cores: Cores = cores, done: list[float] = done):
+            yield from cores.work(seconds)
+            done.append(env.now)
+
+        for seconds in (1.0, 3.0):
+            env.process(work(seconds))
+        env.run()
+        assert done == [pytest.approx(end) for end in ends] and cores.speed == 1.0
+
+
+def test_an_engine_on_half_a_core_takes_twice_as_long():
+    ends, busy_s = finish_times({0.0: [(0, [3.0, 5.0])]}, num_cores=0.5)
+
+    assert ends == {0: pytest.approx(26.0)} and busy_s == pytest.approx(26.0)
+
+
+# The pipeline
+
+
+def test_a_slow_learner_alone_makes_the_period():
+    """1 s of train_step, .25 s of take, push and books; the batch is always there."""
+    found = predict(CONFIG, replace(FAST, step_fixed_s=1.0, take_s=0.05, export_s=0.1, book_s=0.1), even(), num_updates=10)
+
+    assert found.update_s == pytest.approx(1.25, rel=1e-3) and found.learner_idle == pytest.approx(0.2, abs=0.01)
+    assert found.generator_idle > 0.99 and found.completions_per_s == pytest.approx(16 / 1.25, rel=1e-3)
+
+
+def test_slow_engines_alone_make_the_period():
+    """Two engines of 100 tokens a second each, whatever their batch; 8 groups of 2 completions of 10 tokens: .8 s."""
+    config = replace(CONFIG, max_staleness=4, generator=GeneratorConfig(count=2, max_inflight=32))
+    found = predict(config, replace(FAST, engine_completion_s=0.01), even(), num_updates=20)
+
+    assert found.update_s == pytest.approx(0.8, rel=0.02) and found.generator_idle == pytest.approx(0.0, abs=0.02)
+
+
+def test_slow_scorers_make_the_period_and_more_of_them_shorten_it():
+    """A token of a sequence (10 + 5) takes 10 ms: 16 completions are 2.4 s. Groups that are sampled at once are one scorer's."""
+    rates = replace(FAST, score_token_s=0.01)
+
+    one = predict(CONFIG, rates, even(prompt=5.0), num_updates=10)
+    both = GeneratorConfig(count=2, max_inflight=8)
+    two = predict(replace(CONFIG, generator=both, scorer=ScorerConfig(count=2)), rates, even(prompt=5.0), num_updates=10)
+
+    assert one.update_s == pytest.approx(2.4, rel=0.05) and one.scorer_idle == pytest.approx(0.0, abs=0.05)
+    assert two.update_s < 0.8 * one.update_s
+
+
+def test_synchronous_training_is_the_sum_of_its_stages():
+    """16 completions of 10 tokens at 100 tokens a second, 1 s of scoring or less, .5 s of training; nobody works beside another."""
+    config = replace(CONFIG, max_staleness=0)
+    rates = replace(FAST, engine_completion_s=0.01, score_call_s=0.2, step_fixed_s=0.5)
+
+    found = predict(config, rates, even(), num_updates=10)
+
+    assert found.update_s == pytest.approx(1.6 + 0.2 + 0.5, rel=0.01) and found.staleness == {0: 1.0}
+
+
+def test_stages_that_share_one_core_make_the_period_together():
+    """1.6 s of sampling and 1 s of training overlap on cores of their own: 1.6 s; on one core: 2.6 s."""
+    config = replace(CONFIG, max_staleness=4)
+    rates = replace(FAST, engine_completion_s=0.01, step_fixed_s=1.0)
+
+    apart, together = (predict(config, rates, even(), num_updates=15, num_cores=num) for num in (2, 1))
+
+    assert apart.update_s == pytest.approx(1.6, rel=0.03) and together.update_s == pytest.approx(2.6, rel=0.03)
+    assert apart.slowdown["learner"] == pytest.approx(1.0) and together.slowdown["learner"] > 1.5
+
+
+def test_rates_on_cores_of_their_own_are_found_from_those_on_shared_ones():
+    """What a shared core makes of rates is turned back into them."""
+    config, alone = replace(CONFIG, max_staleness=4), replace(FAST, engine_completion_s=0.01, step_fixed_s=1.0)
+    slowdown = predict(config, alone, even(), num_updates=20, num_cores=1).slowdown
+    measured = replace(alone, engine_completion_s=0.01 * slowdown["generators"], engine_step_s=0.0, step_fixed_s=slowdown["learner"])
+
+    found = rates_alone(measured, config, even(), num_cores=1)
+
+    assert found.engine_completion_s == pytest.approx(0.01, rel=0.1) and found.step_fixed_s == pytest.approx(1.0, rel=0.1)
+
+
+def test_ties_cost_samples():
+    """Half of the groups are tied and replaced: twice the work for the engines."""
+    rates, config = replace(FAST, engine_completion_s=0.01), replace(CONFIG, max_staleness=4, batch_groups=32)
+    plain, tied = (predict(config, rates, even(tied=share), num_updates=20).update_s for share in (0.0, 0.5))
+
+    assert tied == pytest.approx(2 * plain, rel=0.15)
+
+
+def test_passes_and_ranks_scale_the_part_of_a_step_that_is_theirs():
+    rates = replace(FAST, prepare_token_s=0.001, train_token_s=0.01, optimizer_s=0.1, step_fixed_s=0.5, allreduce_s=0.3)
+
+    assert rates.train_step_s(100, ranks=1, epochs=1, minibatches=1) == pytest.approx(0.5 + 0.1 + 1.0 + 0.1)
+    assert rates.train_step_s(100, ranks=2, epochs=3, minibatches=2) == pytest.approx(0.5 + (0.1 + 3.0) / 2 + 6 * (0.1 + 0.3))
+
+
+def test_one_simulated_generator_stands_for_many():
+    """A fleet with as large a batch, and ranks, per generator makes an update in the same time."""
+    rates = replace(FAST, engine_completion_s=0.01, train_token_s=0.001)
+    few, many = (
+        replace(
+            CONFIG,
+            batch_groups=8 * count,
+            generator=GeneratorConfig(count=count, max_inflight=32),
+            learner=LearnerConfig(num_ranks=count),
+            scorer=ScorerConfig(count=count),
+        )
+        for count in (MAX_GENERATORS // 4, 8 * MAX_GENERATORS)
+    )
+    one, other = (predict(config, rates, even(), num_updates=5) for config in (few, many))
+
+    assert other.update_s == pytest.approx(one.update_s, rel=0.05) and other.tokens_per_s == pytest.approx(32 * one.tokens_per_s, rel=0.1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    eta=st.integers(0, 3),
+    generators=st.integers(1, 3),
+    groups=st.integers(1, 6),
+    order=st.sampled_from(["ready", "ticket"]),
+    slow=st.sampled_from(["engine_completion_s", "step_fixed_s", "score_token_s", "transfer_s", "pause_s"]),
+    seed=st.integers(0, 5),
+)
+def test_the_bound_holds_in_the_model_and_shares_are_shares(eta: int, generators: int, groups: int, order: str, slow: str, seed: int):
+    config = replace(CONFIG, max_staleness=eta, batch_groups=groups, generator=GeneratorConfig(count=generators, max_inflight=6))
+    config = replace(config, queue=replace(config.queue, order=order))
+    spread = lognormal_lengths(median=5, sigma=1.0, prompt_tokens=1.0, config=config, seed=seed)
+
+    found = predict(config, replace(FAST, **{slow: 0.05}), spread, num_updates=5, seed=seed)
+
+    assert all(0 <= staleness <= eta for staleness in found.staleness) and sum(found.staleness.values()) == pytest.approx(1.0)
+    for share in (found.generator_idle, found.scorer_idle, found.learner_idle):
+        assert -1e-9 <= share <= 1
+
+
+# Rates and lengths
+
+
+def measured_rows(num: int = 14, config: Config = CONFIG) -> list[dict[str, float]]:
+    """Updates of 2 s of an engine with steps of .01 s + .001 s per completion, at 10 to 23 completions for 1 s; .5 s of training."""
+    rows: list[dict[str, float]] = []
+    for number in range(num):
+        completions = 10.0 + number
+        rows.append(
+            {
+                "version": number + 3,
+                "time_s": 2.0 * number,
+                "queue/wait_s": 1.2,
+                "train/take_s": 0.1,
+                "train/step_s": 0.5,
+                "train/prepare_s": 0.1,
+                "train/forward_backward_s": 0.3,
+                "train/optimizer_s": 0.05,
+                "generate/idle_share": 0.5,
+                "generate/running_requests": completions / 2,
+                "generate/tokens_per_s": completions / (0.01 + 0.001 * completions) / 2,
+                "score/idle_share": 0.9,
+                "score/groups_per_s": 4.0,
+                "weights/export_s": 0.05,
+                "weights/install_s": 0.3,
+                "weights/pause_s": 0.1,
+                "weights/canary_s": 0.05,
+                "weights/transfer_s": 0.2,
+            }
+        )
+    return rows
+
+
+def test_rates_are_read_off_a_run():
+    """160 tokens of completions and 80 of prompts in a batch; a scorer is busy for .2 s of an update, with 8 groups of 30 tokens."""
+    rates = measured_rates(measured_rows(), CONFIG, even(prompt=5.0))
+
+    assert (rates.engine_step_s, rates.engine_completion_s) == (pytest.approx(0.01), pytest.approx(0.001))
+    assert (rates.train_token_s, rates.prepare_token_s) == (pytest.approx(0.3 / 240), pytest.approx(0.1 / 240))
+    assert (rates.optimizer_s, rates.step_fixed_s) == (pytest.approx(0.05), pytest.approx(0.05))
+    assert rates.score_token_s == pytest.approx(0.2 / (8 * 30))
+    assert (rates.pause_s, rates.transfer_s) == (pytest.approx(0.15), pytest.approx(0.35))
+    assert (rates.take_s, rates.export_s, rates.book_s) == (pytest.approx(0.1), pytest.approx(0.05), pytest.approx(0.15))
+
+
+def test_passes_over_a_batch_share_its_time():
+    twice = replace(CONFIG, algorithm=AlgorithmConfig(epochs_per_batch=2))
+
+    assert measured_rates(measured_rows(), twice, even()).train_token_s == pytest.approx(0.3 / (2 * 160))
+
+
+def test_an_engine_whose_load_never_changed_keeps_its_measured_speed():
+    rows = [row | {"generate/running_requests": 8.0, "generate/tokens_per_s": 500.0} for row in measured_rows()]
+    rates = measured_rates(rows, CONFIG, even())
+
+    assert rates.engine_step_s + 16 * rates.engine_completion_s == pytest.approx(16 / 1000)
+
+
+def test_a_run_too_short_to_measure_is_refused():
+    with pytest.raises(ConfigError, match=r"5 whole updates .* takes 8"):
+        measured_rates(measured_rows(7), CONFIG, even())
+
+
+def test_rows_without_the_keys_are_refused():
+    with pytest.raises(ConfigError, match="0 whole updates"):
+        measured_rates([{"version": 5.0, "time_s": 1.0}] * 20, CONFIG, even())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "must hold a mapping"),
+        ("{", "cannot be read"),
+        ("engine_step_s: 0.1", "no engine_completion_s"),
+        ("engine_step_s: 0.1\nengine_completion_s: 0.1\nspeed: 3", "unknown speed"),
+        ("engine_step_s: 0.1\nengine_completion_s: fast", "could not convert"),
+        ("engine_step_s: -1\nengine_completion_s: 0.1", "engine_step_s must be a number of seconds >= 0"),
+        ("engine_step_s: 0\nengine_completion_s: 0", "engine_completion_s must be a number of seconds > 0"),
+        ("engine_step_s: .nan\nengine_completion_s: 1", "engine_step_s must be"),
+    ],
+)
+def test_rates_that_are_none_are_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "rates.yaml").write_text(text)
+
+    with pytest.raises(ConfigError, match=message):
+        read_rates(tmp_path / "rates.yaml")
+
+
+def test_lengths_come_from_the_dataset_of_a_run(tmp_path: Path):
+    groups = [make_scored(make_ticket(number), scores=(1.0, 1.0 if number == 0 else 0.0)) for number in range(3)]
+    write_part(tmp_path / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+
+    lengths = measured_lengths(tmp_path, CONFIG)
+
+    assert lengths.tokens.tolist() == [[len(rollout.completion_ids) for rollout in each.group.rollouts] for each in groups]
+    assert lengths.tied.tolist() == [True, False, False] and lengths.prompt_tokens == 5.0
+
+
+def test_a_folder_without_samples_is_refused(tmp_path: Path):
+    (tmp_path / "journal").mkdir()
+
+    with pytest.raises(ConfigError, match="holds no sampled groups"):
+        measured_lengths(tmp_path, CONFIG)
+
+
+def test_a_damaged_dataset_is_refused(tmp_path: Path):
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "part-00000000.parquet").write_bytes(b"PAR1 cut")
+
+    with pytest.raises(ConfigError, match="damaged"):
+        measured_lengths(tmp_path, CONFIG)
+
+
+def test_larger_groups_draw_their_further_completions_among_the_siblings():
+    lengths = Lengths(tokens=np.array([[3.0, 4.0]]), tied=np.array([False]), prompt_tokens=0.0)
+    drawn, tied = lengths.draw(np.random.default_rng(0), 6)
+
+    assert len(drawn) == 6 and set(drawn) <= {3.0, 4.0} and not tied
+    assert lengths.draw(np.random.default_rng(0), 1)[0].tolist() == [3.0]
+
+
+def test_calls_take_what_makes_the_measured_run_come_out():
+    """Rows of updates of 2 s, of stages that need less: waiting for calls makes up a part of the rest."""
+    rows = measured_rows()
+
+    found = calibrated_rates(rows, CONFIG, even(prompt=5.0))
+    made = [predict(CONFIG, replace(found, call_s=call_s), even(prompt=5.0), num_updates=20).update_s for call_s in (0.001, found.call_s)]
+
+    assert found.call_s > 0.001 and abs(made[1] - 2.0) <= abs(made[0] - 2.0)
+
+
+# Budgets, and the command
+
+
+def test_a_budget_goes_where_the_work_is():
+    """Training needs nine times as long as sampling: of ten, one generator is enough for eight ranks."""
+    config = replace(CONFIG, generator=GeneratorConfig(max_inflight=32, num_gpus=1), learner=LearnerConfig(num_gpus=1))
+    best, plans = recommend(
+        Basis(config=config, rates=replace(FAST, engine_completion_s=0.001, train_token_s=0.009), lengths=even()), 9, "gpus"
+    )
+
+    assert (best.config.generator.count, best.config.learner.num_ranks, best.config.max_staleness) == (1, 8, 1)
+    assert best in plans and best.name == "1 + 8, bound 1"
+
+
+def test_a_budget_that_holds_no_run_is_refused():
+    with pytest.raises(ConfigError, match=r"a budget of 2 cores does not hold a generator .* scorers and rewards 1"):
+        recommend(Basis(config=CONFIG, rates=FAST, lengths=even()), 2, "cores")
+
+
+def test_too_many_combinations_are_refused():
+    with pytest.raises(ConfigError, match="10000 combinations"):
+        compare(Basis(config=CONFIG, rates=FAST, lengths=even()), generators=range(1, 101), ranks=[1], bounds=range(100))
+
+
+def plan_run(folder: Path) -> Path:
+    """A run folder to plan from."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(CONFIG))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured_rows()))
+    groups = [make_scored(make_ticket(number)) for number in range(3)]
+    write_part(folder / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+    return folder
+
+
+def test_a_run_is_planned_from_its_own_rates(tmp_path: Path):
+    out = io.StringIO()
+    wishes = Wishes(generators="1,2", bounds="0,1", json=tmp_path / "plans.json", plot=tmp_path / "plans.svg")
+
+    run_plan([str(plan_run(tmp_path / "run")), "algorithm.epochs_per_batch=2"], wishes, Console(file=out, width=140))
+
+    plans = json.loads((tmp_path / "plans.json").read_text())["plans"]
+    assert [(plan["generators"], plan["max_staleness"]) for plan in plans] == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert "measured in the run: 1,800 updates/h, generators idle 50%, learner idle 75%" in out.getvalue()
+    assert (tmp_path / "plans.svg").read_text().count("<svg") == 1 and "recommended" not in out.getvalue()
+
+
+def test_given_rates_and_a_budget_are_enough_for_a_recommendation(tmp_path: Path):
+    out = io.StringIO()
+    (tmp_path / "rates.yaml").write_text("engine_step_s: 0.01\nengine_completion_s: 1.0e-4\ntrain_token_s: 1.0e-3\n")
+
+    run_plan(["batch_groups=8"], Wishes(rates=tmp_path / "rates.yaml", median_tokens=5, cores=4), Console(file=out, width=140))
+
+    assert "recommended: generator.count=1 learner.num_ranks=2" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "wishes", "message"),
+    [
+        ([], Wishes(), "nothing to plan from"),
+        ([], Wishes(rates=Path("r.yaml")), "give --median-tokens"),
+        ([], Wishes(rates=Path("missing.yaml"), median_tokens=5), "cannot be read"),
+        (["."], Wishes(), "is no run folder"),
+        ([".", ".."], Wishes(), "one run at a time"),
+        (["no-such-run"], Wishes(), "config file not found"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words: list[str], wishes: Wishes, message: str):
+    with pytest.raises(ConfigError, match=message):
+        run_plan(words, wishes, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (Wishes(generators="1,many"), "--generators must be whole numbers"),
+        (Wishes(ranks="0"), "--ranks must be numbers >= 1"),
+        (Wishes(ranks="3"), "must be divisible by learner.num_ranks"),
+        (Wishes(gpus=4, cores=4), "choose one"),
+        (Wishes(gpus=1), "does not hold a generator"),
+    ],
+)
+def test_nonsense_wishes_are_refused(tmp_path: Path, wishes: Wishes, message: str):
+    with pytest.raises(ConfigError, match=message):
+        run_plan([str(plan_run(tmp_path / "run"))], wishes, Console(file=io.StringIO()))
