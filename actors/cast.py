@@ -13,6 +13,7 @@ from actors.replay_queue import ReplayQueue
 from actors.reward import Rater
 from actors.roster import Roster
 from actors.scorer import Scorer
+from actors.shared_folders import check_folders
 from actors.supervision import Member, Supervisor
 from actors.training_state import TrainingStateStore
 from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
@@ -82,7 +83,8 @@ class Cast:
         """Start all actors at once: each spends seconds on its imports. Returns the crew, and the learner's version.
 
         Raises:
-            ConfigError: the cluster has no room for them, or not for the weights. RunError: one did not start.
+            ConfigError: the cluster has no room for them, or not for the weights, or a node does not see the run folder.
+            RunError: one did not start.
         """
         plan, cluster = self._plan, self._supervisor.cluster
         shapes = shapes_of_folder(plan.model_folder)
@@ -90,6 +92,7 @@ class Cast:
         specs = [member.next_spec() for member in self.members]
         ranks = self.learner.next_specs()
         await cluster.reserve([*specs, *ranks])
+        await check_folders(cluster, plan)
         for member, spec in zip(self.members, specs, strict=True):
             member.cast(cluster.start(spec))
         rank_actors = [cluster.start(spec) for spec in ranks]

@@ -36,6 +36,9 @@ _CANARY = "canary"
 
 SHARED_MEMORY = Path("/dev/shm")
 
+GPU_MEMORY_SHARE = 0.9
+"""Of a GPU's memory: what is free on an empty one."""
+
 MAX_STEP_TOKENS = 4096
 """Of all requests in one forward pass on the CPU; more where a single prompt may be longer."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -92,6 +95,7 @@ class VLLMEngine:
             max_model_len=config.max_model_len,
             max_num_seqs=num_slots + 1,  # one seat for the canary, or an install would wait for a completion to end
             kv_cache_memory_bytes=config.kv_cache_mib << 20,
+            **_share_of_gpu(config),
             block_size=32 if on_cpu else None,
             enforce_eager=config.enforce_eager,
             **(_whole_prompts(config, num_slots) if on_cpu else {}),
@@ -202,6 +206,11 @@ class VLLMEngine:
         reason = FinishReason.STOP if completion.finish_reason == "stop" else FinishReason.LENGTH
         token_ids = np.array(completion.token_ids, dtype=np.int32)
         return Rollout(completion_ids=token_ids, behavior_logprobs=logprobs, version_spans=spans, finish_reason=reason)
+
+
+def _share_of_gpu(config: GeneratorConfig) -> dict[str, Any]:
+    """On a GPU that others share vLLM would not start beside them: it looks whether the share that it is told of is free."""
+    return {"gpu_memory_utilization": GPU_MEMORY_SHARE * config.num_gpus} if 0 < config.num_gpus < 1 else {}
 
 
 def _whole_prompts(config: GeneratorConfig, num_slots: int) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class StageTimes:
     """A scorer's calls; 0 where not measured."""
     reward_s: float = 0.0
     score_known: bool = False
+    generators: int | None = None
+    """That took part in the last update; None where that was not written down."""
 
     @property
     def generation_s(self) -> float:
@@ -94,6 +96,7 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
     update_s, sample_s, step_s = total_s / num, at_work("generate/idle_share"), mean("train/step_s")
     pauses = ("weights/pause_s", "weights/canary_s")
     paused = pauses if all(key in row for _, row in spans for key in pauses) else ("weights/install_s",)
+    generators = _number(spans[-1][1], "generate/generators")
     known = [pool for pool in ("score", "reward") if all(math.isfinite(_number(row, f"{pool}/idle_share")) for _, row in spans)]
     return StageTimes(
         update_s=update_s,
@@ -104,6 +107,7 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
         score_s=at_work("score/idle_share") if "score" in known else 0.0,
         reward_s=at_work("reward/idle_share") if "reward" in known else 0.0,
         score_known="score" in known,
+        generators=min(4096, max(1, round(generators))) if math.isfinite(generators) else None,
     )
 
 

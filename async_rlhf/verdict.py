@@ -82,6 +82,8 @@ def verdict_of(rows: Sequence[Row], config: Config, num_cores: int | None = None
         return Verdict(
             bottleneck=Bottleneck.UNKNOWN, text=f"too little is known yet: a verdict takes {SETTLED_VERSION + MIN_UPDATES} updates"
         )
+    if times.generators is not None:  # some may have joined, or left
+        config = replace(config, generator=replace(config.generator, count=times.generators))
     found = _judge(times, config, _cores_note(config, num_cores))
     return replace(
         found,

@@ -22,8 +22,16 @@ Engine = Any
 """deepspeed.DeepSpeedEngine, which ships no types."""
 
 
-def join_process_group(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-    """Meet the other ranks. Gloo on CPU, NCCL on GPU; every later collective fails after `timeout_s`."""
+def join_process_group(*, rank: int, world_size: int, address: str, port: int, timeout_s: float, interface: str = "") -> None:
+    """Meet the other ranks. Gloo on CPU, NCCL on GPU; every later collective fails after `timeout_s`.
+
+    Args:
+        address: of rank 0's node; port: of the store there.
+        interface: the network interface at which the other ranks reach this one; empty: Gloo guesses it.
+    """
+    if interface and world_size > 1:
+        # Gloo's guess is what the host's own name resolves to: on many systems a loopback address, at which no other node reaches it.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from async_rlhf.config import Config
 from async_rlhf.types import ScoredGroup, StepReport, WeightsVersion
 
@@ -50,6 +52,8 @@ class LearnerRank:
         Args:
             checkpoint: go on from this folder, see Learner.load; None: version 0.
         """
+        from ray.util import get_node_ip_address
+
         from learners.engine import join_process_group
         from learners.learner import Learner
 
@@ -59,6 +63,7 @@ class LearnerRank:
             address=address,
             port=port,
             timeout_s=self._config.timeouts.step_s,
+            interface=_interface_of(get_node_ip_address()),
         )
         self._learner = Learner(self._config, self._folder)
         return 0 if checkpoint is None else self._learner.load(Path(checkpoint))
@@ -87,3 +92,9 @@ class LearnerRank:
     def _joined(self) -> "Learner":
         assert self._learner is not None, "join() must come before any other call"
         return self._learner
+
+
+def _interface_of(address: str) -> str:
+    """The network interface with this address; empty where there is none."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if any(entry.address == address for entry in addresses)), "")

@@ -28,7 +28,10 @@ def run_status(folder: Path, console: Console) -> None:
         if live is not None:
             state, source = live, "the live TrainingState actor"
         else:
-            source = f"state.json; the run itself does not answer: it was killed, or runs where {folder / 'ray.json'} does not lead"
+            source = (
+                f"state.json; the run itself does not answer: it was killed, or runs where {folder / 'ray.json'} does not lead "
+                "(one on a cluster is asked on its driver's node, with RAY_ADDRESS=auto and the cluster's token)"
+            )
     console.print(_table(state))
     verdict = verdict_of_folder(folder)
     if verdict is not None:

@@ -43,7 +43,6 @@ def flow(table: Table, settings: Settings, state: Fields) -> dict[str, object]:
     queue = fields(state.get("queue"))
     staleness = setting(settings, "max_staleness", -1.0)
     sampled_per_s, scored_per_s = (table.tail_mean(f"{stage}/groups_per_s", num_rows) for stage in ("generate", "score"))
-    generators = {name.partition(".")[0] for name in fields(state.get("actors")) if name.startswith("generator-")}
     return {
         "window_s": window_s,
         "updates": num_updates,
@@ -59,7 +58,7 @@ def flow(table: Table, settings: Settings, state: Fields) -> dict[str, object]:
             "bound": int((staleness + 1) * groups) if staleness >= 0 and groups else None,
             "batch_groups": int(groups) or None,
         },
-        "generators": len(generators) or int(setting(settings, "generator.count", 1)),
+        "generators": round(table.tail_mean("generate/generators", 1) or setting(settings, "generator.count", 1)),
         "scorers": int(setting(settings, "scorer.count", 1)),
         "rewards": int(setting(settings, "reward.count", 0)),
         "ranks": int(setting(settings, "learner.num_ranks", 1)),

@@ -168,10 +168,10 @@ def _settled(rows: Sequence[Row]) -> list[tuple[float, Row]]:
 
 def _engine(spans: Sequence[tuple[float, Row]], config: Config) -> tuple[float, float]:
     """Seconds of an engine's step: fixed, and per completion in its batch. A line through what each update showed."""
-    count = config.generator.count
     concurrency: list[float] = []
     step_s: list[float] = []
     for seconds, row in spans:
+        count = row.get("generate/generators", 0.0) or config.generator.count
         busy_s, tokens = seconds * count * (1 - row["generate/idle_share"]), row["generate/tokens_per_s"] * seconds
         if busy_s <= 0 or tokens <= 0:
             continue

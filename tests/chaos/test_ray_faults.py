@@ -5,18 +5,14 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
-import textwrap
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from async_rlhf.audit import audit
-from tests.support.command import CHECKOUT, command, environment, rows_of, run_cli, summary_of
+from tests.support.cluster import OPEN, several_nodes
+from tests.support.command import driver, environment, has_rows, rows_of, run_cli, summary_of, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -24,41 +20,10 @@ SMALL = ("conf/quickstart.yaml", "batch_groups=16", "completions_per_prompt=2", 
 QUICK = ("supervision.ping_s=1", "supervision.silence_s=10", "supervision.max_restarts=50", "supervision.max_backoff_s=2")
 
 
-@contextmanager
-def driver(log: Path, *words: str, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A running `async-rlhf WORDS`, killed at the exit if it is still there."""
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command(*words),
-            cwd=CHECKOUT,
-            env={**environment(), **env},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def wait_for(what: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 120) -> None:
-    ends = time.monotonic() + timeout_s
-    while not what():
-        assert process.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()[-3000:]}"
-        time.sleep(0.2)
-
-
 def descendant(process: "subprocess.Popen[bytes]", title: str) -> psutil.Process:
     """The one process below the driver whose command line holds `title`."""
     below = psutil.Process(process.pid).children(recursive=True)
     return next(child for child in below if title in " ".join(child.cmdline()))
-
-
-def has_rows(folder: Path, count: int) -> Callable[[], bool]:
-    return lambda: (folder / "metrics.jsonl").is_file() and len(rows_of(folder)) >= count
 
 
 HOG = """
@@ -112,45 +77,10 @@ def test_without_rays_head_the_run_ends_with_that_reason_and_can_be_resumed(tmp_
     assert audit(folder).problems == ()
 
 
-@contextmanager
-def two_nodes(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A Ray cluster of two nodes on this host, in a process of its own: `lose` ends the second one, `add` brings a third."""
-    script = textwrap.dedent(
-        """
-        import sys
-        from ray.cluster_utils import Cluster
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
-        second = cluster.add_node(num_cpus=2)
-        print(cluster.address, flush=True)
-        for line in sys.stdin:
-            if line.strip() == "lose":
-                cluster.remove_node(second, allow_graceful=False)
-            elif line.strip() == "add":
-                cluster.add_node(num_cpus=2)
-            print("done", flush=True)
-        cluster.shutdown()
-        """
-    )
-    (folder / "ray").mkdir()
-    checks = {"period_ms": "1000", "failure_threshold": "3", "timeout_ms": "2000"}
-    env = {**environment(), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder)}
-    env |= {f"RAY_health_check_{name}": value for name, value in checks.items()}
-    with subprocess.Popen(
-        [sys.executable, "-c", script], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as cluster:
-        assert cluster.stdout is not None and cluster.stdin is not None
-        try:
-            yield cluster, cluster.stdout.readline().strip()
-        finally:
-            cluster.stdin.close()
-            cluster.wait(timeout=60)
-
-
 @pytest.mark.long
-def test_a_lost_node_costs_no_sample_and_the_run_goes_on_with_the_other_generator_until_there_is_room_again() -> None:
+def test_a_lost_node_costs_no_sample_and_the_run_goes_on_with_the_other_generator_until_there_is_room_again(tmp_path: Path) -> None:
     """Each node holds one generator (2 CPUs) at most; the learner rank has the third CPU of the node that stays."""
-    base = Path(tempfile.mkdtemp(prefix="2n-"))  # short: sockets inside may not have long paths
-    folder, log = base / "run", base / "log"
+    folder, log = tmp_path / "run", tmp_path / "log"
     words = (*SMALL, *QUICK, "updates=100000", f"run.dir={folder}", "generator.count=2", "generator.num_cpus=2", "scorer.num_cpus=0")
 
     def incidents() -> list[tuple[str, str]]:
@@ -158,20 +88,16 @@ def test_a_lost_node_costs_no_sample_and_the_run_goes_on_with_the_other_generato
         entries = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         return [(entry["event"], entry["name"].partition("-")[0]) for entry in entries]
 
-    with two_nodes(base) as (cluster, address), driver(log, "train", *words, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled") as process:
-
-        def order(word: str) -> None:
-            assert cluster.stdin is not None and cluster.stdout is not None
-            cluster.stdin.write(f"{word}\n")
-            cluster.stdin.flush()
-            assert cluster.stdout.readline().strip() == "done"
-
+    with (
+        several_nodes({"num_cpus": 3}, {"num_cpus": 2}) as nodes,
+        driver(log, "train", *words, **OPEN, RAY_ADDRESS=nodes.address) as process,
+    ):
         wait_for(has_rows(folder, 6), process, log)
-        order("lose")
+        nodes.lose(1)
         wait_for(lambda: ("no_room", "generator") in incidents(), process, log)
         wait_for(has_rows(folder, len(rows_of(folder)) + 10), process, log)
         assert "lost: the cluster has no room for it" in run_cli("status", str(folder)).output
-        order("add")
+        nodes.add(num_cpus=2)
         wait_for(lambda: ("back", "generator") in incidents(), process, log)
         wait_for(has_rows(folder, len(rows_of(folder)) + 3), process, log)
         process.send_signal(signal.SIGINT)

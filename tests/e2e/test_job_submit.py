@@ -206,7 +206,7 @@ def test_cluster_that_is_too_small_is_refused_with_the_numbers(head: Head, tmp_p
     done = head.submit("train", "conf/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "generator.count=8")
 
     assert done.code != 0
-    assert "8 generators x 1 CPU (together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in done.output
+    assert "8 generators x 1 CPU, 1 learner rank x 1 CPU (together 9 CPU); the Ray cluster has 2 CPU and 0 GPU" in done.output
 
 
 # Less common moments

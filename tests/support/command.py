@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,39 @@ def run_until(*words: str, seen: Callable[[str], bool], signum: signal.Signals, 
         process.send_signal(signum)
         code = process.wait(timeout=60)
     return Finished(code, log.read_text())
+
+
+@contextmanager
+def driver(log: Path, *words: str, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A running `async-rlhf WORDS`, killed at the exit if it is still there."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command(*words),
+            cwd=CHECKOUT,
+            env={**environment(), **env},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_for(what: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 120) -> None:
+    """Wait until it is so, while the process lives."""
+    ends = time.monotonic() + timeout_s
+    while not what():
+        assert process.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()[-3000:]}"
+        time.sleep(0.2)
+
+
+def has_rows(folder: Path, count: int) -> Callable[[], bool]:
+    """Whether a run has so many updates behind it."""
+    return lambda: (folder / "metrics.jsonl").is_file() and len(rows_of(folder)) >= count
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

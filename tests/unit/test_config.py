@@ -316,7 +316,7 @@ KNOWN_ALGORITHMS = f"known: {', '.join(sorted(path.stem for path in (CONF_FOLDER
     ("override", "words"),
     [
         ("algorithm=roo", [KNOWN_ALGORITHMS, "did you mean 'rloo'?"]),
-        ("cluster=moon", ["known: laptop"]),
+        ("cluster=moon", ["known: laptop, node_8gpu, one_gpu, several_nodes"]),
         ("algorithm=../task/arithmetic", [KNOWN_ALGORITHMS]),
     ],
 )

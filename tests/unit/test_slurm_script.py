@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,16 @@ from tests.support.deployment import DEPLOY
 
 RECORD = 'echo "$(basename "$0") $*" >>"$SHIMS/calls"\n'
 SRUN = RECORD + "exec sleep 60\n"
-SCONTROL = RECORD + '[ "$1" = requeue ] || printf "%s\\n" node1 node2 node3\n'
+SCONTROL = f"""
+{RECORD}
+if [ "$1" != requeue ]; then
+  printf "%s\\n" node1 node2 node3
+else
+  [ -e "$RAY_AUTH_TOKEN_PATH" ] && echo "the token is still there" >>"$SHIMS/calls"
+  kill -KILL "$PPID"
+fi
+"""
+"""A job that is to queue again is killed on the spot."""
 PYTHON = """
 case "$*" in
   *token_hex*) echo -n 0123456789abcdef ;;
@@ -23,7 +31,7 @@ case "$*" in
   -m*)
     stat -c "%a %n" "$RAY_AUTH_TOKEN_PATH" >"$SHIMS/token"
     echo "driver $RAY_ADDRESS $RAY_AUTH_MODE $*" >>"$SHIMS/calls"
-    trap 'echo told >>"$SHIMS/calls"; sleep 0.2; exit 143' TERM
+    trap 'echo told >>"$SHIMS/calls"; touch "$SHIMS/told"; sleep 0.2; exit 143' TERM
     [ -z "${DRIVER_CODE:-}" ] || exit "$DRIVER_CODE"
     touch "$SHIMS/driving"
     while :; do sleep 0.05; done ;;
@@ -108,7 +116,6 @@ def test_token_is_readable_for_its_user_alone_and_is_gone_afterwards(start: Star
 
     assert mode == "600" and not Path(path).parent.exists()
     assert not any("0123456789abcdef" in call for call in job.calls), "a token in a command line is there for all to see"
-    assert stat.S_IMODE((tmp_path / "runs").stat().st_mode) & 0o077 == 0
 
 
 @pytest.mark.parametrize(
@@ -121,9 +128,21 @@ def test_signal_stops_the_driver_and_only_the_end_of_its_time_queues_the_job_aga
 
     job.process.send_signal(signum)
 
-    assert job.end() == 143, "the driver's own exit code"
+    assert job.end() == (-signal.SIGKILL if requeued else 143), "the driver's own exit code, unless the job goes back to the queue"
     assert job.calls.count("told") == 1
     assert ("scontrol requeue 4217" in job.calls) == requeued
+    assert "the token is still there" not in job.calls
+
+
+def test_user_who_stops_the_job_before_its_time_is_up_has_the_last_word(start: Start) -> None:
+    job = start().when("driving")
+
+    job.process.send_signal(signal.SIGTERM)
+    job.when("told")
+    job.process.send_signal(signal.SIGUSR1)
+
+    assert job.end() == 143
+    assert job.calls.count("told") == 1 and not any("requeue" in call for call in job.calls)
 
 
 @pytest.mark.parametrize("code", ["1", "2"])

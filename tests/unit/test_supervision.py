@@ -14,7 +14,7 @@ from actors.remote import RemoteActor, within
 from actors.supervision import Member, Supervisor, guarded
 from actors.wait_graph import WAITS, WaitGraph
 from async_rlhf.config import Config, load_config
-from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, RestartLimitError, RewardError
+from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, EngineError, NoRoomError, RestartLimitError, RewardError
 from tests.support.local_actors import LocalCluster, LocalHandle, local_kill
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("local_kill")]
@@ -237,6 +237,23 @@ def test_an_actor_that_works_for_longer_than_the_silence_is_not_frozen():
         await asyncio.sleep(0.3)
 
         assert not work.done() and not watching.done() and stage.handle.alive
+
+    run(story())
+
+
+def test_a_part_without_room_is_not_tried_again_and_says_so():
+    async def story() -> None:
+        stage = await Stage(max_restarts=9).begin()
+
+        async def no_room(spec: ActorSpec) -> None:
+            raise NoRoomError(f"{spec.place} lost its node")
+
+        stage.cluster.placed = no_room  # type: ignore[method-assign]
+        with pytest.raises(NoRoomError, match="lost its node"):
+            await stage.member.replace(stage.member.actor, CAUSE)
+
+        assert stage.cluster.started == ["echo.0.0"], "nothing is started that would wait for room without a word"
+        assert [entry["event"] for entry in stage.incidents] == ["lost"]
 
     run(story())
 

@@ -70,6 +70,12 @@ def test_more_generators_do_not_raise_the_share_of_an_install():
     assert verdict.changes == ("generator.count=4",) and verdict.gain == pytest.approx(0.90 / 0.375)
 
 
+def test_generators_that_joined_during_the_run_are_counted():
+    rows = [row | {"generate/generators": 2.9} for row in made_rows(wait=0.5, step=0.5, busy=0.95)]
+
+    assert "3 -> 6 generators" in verdict_of(rows, CONFIG).text
+
+
 def test_there_are_no_more_generators_than_groups_to_sample():
     few = replace(CONFIG, batch_groups=1, max_staleness=1, learner=LearnerConfig(num_ranks=1))
 
