@@ -137,7 +137,7 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
 
 
 def _table(plans: "Sequence[Plan]", best: "Plan | None", *, scorers_known: bool) -> Table:
-    table = Table(title="predicted (staleness: mean/largest)", box=SIMPLE)
+    table = Table(title="predicted (staleness: mean/largest)", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
