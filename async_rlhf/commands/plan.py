@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,19 @@ from async_rlhf.state import write_atomically
 if TYPE_CHECKING:
     from async_rlhf.planning.plans import Basis, Plan
     from async_rlhf.planning.rates import Rates
+
+
+COLUMNS = (
+    "gener-\nators",
+    "ranks",
+    "bound",
+    "updates\nper h",
+    "compl.\nper s",
+    "gener.\nidle",
+    "scorer\nidle",
+    "learner\nidle",
+    "stale-\nness",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +137,8 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
 
 
 def _table(plans: "Sequence[Plan]", best: "Plan | None", *, scorers_known: bool) -> Table:
-    table = Table(title="predicted (staleness: mean/largest)")
-    for column in ("generators", "ranks", "bound", "updates/h", "compl./s", "idle: gen.", "scorer", "learner", "staleness"):
+    table = Table(title="predicted (staleness: mean/largest)", box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
         found, config = plan.prediction, plan.config

@@ -58,7 +58,7 @@ def flow(table: Table, settings: Settings, state: Fields) -> dict[str, object]:
             "bound": int((staleness + 1) * groups) if staleness >= 0 and groups else None,
             "batch_groups": int(groups) or None,
         },
-        "generators": int(setting(settings, "generator.count", 1)),
+        "generators": round(table.tail_mean("generate/generators", 1) or setting(settings, "generator.count", 1)),
         "scorers": int(setting(settings, "scorer.count", 1)),
         "rewards": int(setting(settings, "reward.count", 0)),
         "ranks": int(setting(settings, "learner.num_ranks", 1)),

@@ -426,6 +426,32 @@ def test_judge_is_asked_for_a_few_pairs_at_a_time_and_its_failure_leaves_the_res
     run(story())
 
 
+def test_an_evaluation_outlives_a_generator_that_leaves_over_it_and_one_that_joins() -> None:
+    """Of two generators one is asked to leave while it answers; two others join. Nothing is dropped, every prompt is answered once."""
+
+    async def story() -> None:
+        theatre, scaling = Theatre("evaluation.max_inflight=2", "updates=12", num_generators=2), list[asyncio.Task[None]]()
+
+        async def change() -> None:
+            await theatre.stage.pool.scale(1, lambda line: None)
+            await theatre.stage.pool.scale(3, lambda line: None)
+
+        def fate(handle: LocalHandle, method: str, args: tuple[Any, ...], through: bool) -> None:
+            if method == "evaluate" and not through and handle.name == "generator-1.0.0" and not scaling:
+                scaling.append(asyncio.ensure_future(change()))
+
+        theatre.stage.fate = fate
+        await theatre.train(pause_s=0.1)
+        await asyncio.gather(*scaling)
+
+        assert scaling and theatre.listener.dropped == [] and [found.versions[0] for found in theatre.listener.found] == [2, 4, 6, 8, 10]
+        for found in theatre.listener.found:
+            assert [sample.completion for sample in found.greedy.samples] == [str(index) for index in range(NUM_PROMPTS)]
+        assert [member.name for member in theatre.stage.crew.generators] == ["generator-0", "generator-1", "generator-2"]
+
+    run(story())
+
+
 def test_start_is_shared_by_the_generators_and_the_part_of_one_that_dies_goes_to_the_others() -> None:
     async def story() -> None:
         theatre, killed = Theatre("evaluation.sampled=true", num_generators=2), []

@@ -257,7 +257,7 @@ def test_those_without_work_leave_first_and_then_the_youngest():
     run(story())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_joins_leaves_and_deaths_puts_every_ticket_exactly_once(seed: int):
     rng = random.Random(seed)
 
@@ -282,7 +282,7 @@ def test_any_order_of_joins_leaves_and_deaths_puts_every_ticket_exactly_once(see
 
 def test_one_that_lost_its_node_is_missed_while_the_others_go_on_and_comes_back_when_there_is_room():
     async def story() -> None:
-        stage = await Stage(FakeQueue(num_tickets=500), FakeGenerator, (), "supervision.max_restarts=1", num_generators=2).begin()
+        stage = await Stage(FakeQueue(num_tickets=250), FakeGenerator, (), "supervision.max_restarts=1", num_generators=2).begin()
         stage.fate = lambda handle, method, args, through: handle.die() if handle.name == B else None
         stage.cluster.homeless = {"generator-1"}
 
@@ -294,7 +294,7 @@ def test_one_that_lost_its_node_is_missed_while_the_others_go_on_and_comes_back_
     run(story())
 
     async def until_it_is_back() -> None:
-        stage = await Stage(FakeQueue(num_tickets=500), FakeGenerator, (), "supervision.max_restarts=1", num_generators=2).begin()
+        stage = await Stage(FakeQueue(num_tickets=250), FakeGenerator, (), "supervision.max_restarts=1", num_generators=2).begin()
         stage.fate = lambda handle, method, args, through: handle.die() if handle.name == B else None
         stage.cluster.homeless = {"generator-1"}
 

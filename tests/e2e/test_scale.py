@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WORDS = (
     *("train", "conf/quickstart.yaml", "generator.engine=transformers", "batch_groups=16", "updates=100000", "run.local_cpus=4"),
-    *("evaluation.num_prompts=20", "supervision.ping_s=1", "timeouts.stop_s=60"),
+    *("evaluation.num_prompts=20", "supervision.ping_s=1", "timeouts.stop_s=60", "timeouts.place_s=5"),
 )
 
 
