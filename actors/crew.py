@@ -8,7 +8,7 @@ from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
 from actors.meters import Meters, Readings
 from actors.remote import RemoteActor
-from actors.replay_queue import Booked
+from actors.replay_queue import Booked, Fact
 from actors.roster import Roster
 from actors.supervision import Member, Supervisor
 from actors.transport import Transport
@@ -42,6 +42,8 @@ class Crew:
     """Notified of each install."""
     gate: InstallGate = field(default_factory=InstallGate)
     meters: Meters = field(default_factory=Meters)
+    counters: QueueCounters | None = None
+    """The queue's, as of its last answer; None: it was not asked yet."""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +81,10 @@ class Crew:
         if self.transport.by_sender and self.publisher is not self.learner.ranks[0]:
             return True
         return self.published[1] is not self.broadcaster.actor
+
+    async def note(self, fact: Fact, config: Config) -> None:
+        """Tell the queue."""
+        self.counters = await self.queue.call("note", fact, timeout_s=config.timeouts.call_s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,6 +268,7 @@ def _start_local(config: Config, session: Path, settings: Mapping[str, Any]) -> 
             num_cpus=_local_cpus(config),
             object_store_memory=config.run.object_store_mib << 20,
             include_dashboard=False,
+            _metrics_export_port=config.run.metrics_port or None,
             _temp_dir=str(session),
             **settings,
         )

@@ -88,6 +88,8 @@ class Readings:
 class Meters:
     """Those of a run; see Readings."""
 
+    train: Meter = field(default_factory=Meter)
+    """The learner, as one worker."""
     generate: Meter = field(default_factory=Meter)
     tickets: Meter = field(default_factory=Meter)
     score: Meter = field(default_factory=Meter)

@@ -114,10 +114,12 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
         taken = time.perf_counter()
         limit = config.timeouts.call_s
         shards = [await crew.queue.fetch("take", version, rank, timeout_s=limit) for rank in range(config.learner.num_ranks)]
-        reports = await crew.learner.train_step(version, shards)
+        with crew.meters.train.working():
+            reports = await crew.learner.train_step(version, shards)
         trained = time.perf_counter()
         published = await crew.publish(version + 1, config)
         booked = await crew.queue.call("trained", version, published.digest, published.canary_logprobs, timeout_s=limit)
+        crew.counters = booked.counters
         await on_update(
             UpdateRecord(
                 summary=summary,
@@ -148,6 +150,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
         answer: NextBatch | None = await unless(crew.stopping, call)
         if answer is None:
             return None
+        crew.counters = answer.counters
         if answer.summary is not None or answer.closed:
             return answer.summary
         waited_s += time.monotonic() - asked
@@ -164,7 +167,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
 async def _let_go(actor: RemoteActor, crew: Crew, config: Config) -> None:
     """Nobody counts on this generator any more."""
     crew.installs.pop(actor.name, None)
-    await crew.queue.call("note", HolderGone(holder=actor.name), timeout_s=config.timeouts.call_s)
+    await crew.note(HolderGone(holder=actor.name), config)
 
 
 async def _leave(leaving: asyncio.Event, config: Config, flow: _Flow) -> None:
@@ -233,7 +236,7 @@ async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, 
             continue
         if report is None:
             continue
-        await crew.queue.call("note", Installed(holder=actor.name, version=report.version), timeout_s=config.timeouts.call_s)
+        await crew.note(Installed(holder=actor.name, version=report.version), config)
         await flow.change(installed=report.version)
         is_installed()
         async with crew.installed:

@@ -151,11 +151,11 @@ class ReplayQueue:
                 if not await changed_before(self._changed, min(ends, looks_again)) and time.monotonic() >= ends:
                     return granted
 
-    async def note(self, fact: Fact) -> None:
-        """Take a fact in that may change what is granted or decided."""
+    async def note(self, fact: Fact) -> QueueCounters:
+        """Take a fact in that may change what is granted or decided; returns where all groups are now."""
         if isinstance(fact, Kept):
             await self._forget(fact.version)
-            return
+            return self._buffer.counters
         async with self._changed:
             match fact:
                 case Installed():
@@ -173,6 +173,7 @@ class ReplayQueue:
                     self._history.annul(fact.version, fact.newest_faithful)
             self._history.flush()
             self._changed.notify_all()
+        return self._buffer.counters
 
     async def put(self, groups: Sequence[ScoredGroup]) -> list[PutOutcome]:
         """Take scored groups in; never waits for room."""

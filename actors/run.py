@@ -11,6 +11,7 @@ from actors.cast import Cast
 from actors.checkpointer import Checkpointer
 from actors.crew import Crew, UpdateRecord
 from actors.evaluator import Evaluator
+from actors.exporter import Exporter, RayInstruments
 from actors.generator_pool import GeneratorPool
 from actors.judging import Judging
 from actors.launch import Cluster
@@ -104,13 +105,14 @@ class Run:
     async def execute(self) -> None:
         """Run to the end, or to the checkpoint at which it stops when asked to; the caller closes the cluster, whatever happens here."""
         crew, version = await self._start()
+        exporter = Exporter(crew, self._config, RayInstruments(self._plan.run_id))
         keepers = [member.keep() for member in (*self._cast.scorers, *self._cast.rewards, crew.queue, crew.broadcaster, self._cast.state)]
         self._pool = GeneratorPool(crew, self._config, self._cluster, self._cast.generator)
         pool = (self._pool.work(), heed(self._plan.run_folder, self._pool, self._config, self._observer.stage), self._tell_changes(crew))
-        main = asyncio.ensure_future(self._train(crew, version))
+        main = asyncio.ensure_future(self._train(crew, version, exporter))
         main.set_name("train")
         try:
-            await guarded(main, *pool, *keepers, self._learner.watch(), self._cluster.watch_head())
+            await guarded(main, *pool, *keepers, self._learner.watch(), self._cluster.watch_head(), exporter.keep())
         except RewardError:
             await self._count_groups(crew)
             raise
@@ -136,11 +138,11 @@ class Run:
         await crew.publish(version, config)
         return crew, version
 
-    async def _train(self, crew: Crew, version: int) -> None:
+    async def _train(self, crew: Crew, version: int, exporter: Exporter) -> None:
         evaluator, live = await self._evaluators(crew)
 
         async def on_update(record: UpdateRecord) -> None:
-            await self._on_update(crew, live, record)
+            exporter.update(record, await self._on_update(crew, live, record))
 
         try:
             while True:
@@ -200,7 +202,8 @@ class Run:
         await asyncio.to_thread(export_all, self._plan.run_folder)
         await self._record("finished")
 
-    async def _on_update(self, crew: Crew, live: LiveEvaluation, record: UpdateRecord) -> None:
+    async def _on_update(self, crew: Crew, live: LiveEvaluation, record: UpdateRecord) -> Row:
+        """Book it; returns its row."""
         version = record.summary.update + 1
         tolerance = REPLAY_TOLERANCE * NOISE_NATS[self._config.generator.dtype]
         if record.booked.replay_error_nats > tolerance:
@@ -217,6 +220,7 @@ class Run:
         await self._checkpointer.between_updates(state)
         self._accounts.checkpoint = self._checkpointer.committed or self._accounts.checkpoint
         live.after_update(version)
+        return row
 
     async def _undo(self, crew: Crew, version: int, newest_faithful: int) -> None:
         """A new lineage from `version` on; checkpoints of the old one are no longer of this history."""

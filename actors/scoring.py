@@ -15,7 +15,7 @@ from async_rlhf.types import Ticket
 
 async def score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: Config) -> None:
     """Have sampled groups scored and put: all at once, and when that fails one by one, so that only the guilty one suffers."""
-    await crew.queue.call("note", WithScorer(tickets=tuple(tickets)), timeout_s=config.timeouts.call_s)
+    await crew.note(WithScorer(tickets=tuple(tickets)), config)
     if not await _try_score(groups_ref, None, crew, config):
         crew.meters.score.through(len(tickets))
         return
@@ -23,7 +23,7 @@ async def score(tickets: Sequence[Ticket], groups_ref: Any, crew: Crew, config: 
         reason = await _try_score(groups_ref, index, crew, config)
         crew.meters.score.through(0 if reason else 1)
         if reason:
-            await crew.queue.call("note", ScoringFailed(tickets=(ticket,), reason=reason), timeout_s=config.timeouts.call_s)
+            await crew.note(ScoringFailed(tickets=(ticket,), reason=reason), config)
 
 
 async def _try_score(groups_ref: Any, only: int | None, crew: Crew, config: Config) -> str:

@@ -88,6 +88,7 @@ METRICS: Mapping[str, Metric] = {
     "train/prepare_s": Metric("mean", "part of step_s, slowest rank: counts, proximal log-probabilities, the critic's values"),
     "train/forward_backward_s": Metric("mean", "part of step_s, slowest rank: forwards and backwards, of the critic too"),
     "train/optimizer_s": Metric("mean", "part of step_s, slowest rank: gradient norm and optimizer steps, of the critic too"),
+    "train/mfu_share": Metric("mean", "model FLOPs utilisation, see learners/flops.py; absent where the device's peak is not known"),
     "train/tokens_per_s": Metric("mean", "prompt and completion tokens trained per second of train_step"),
     "train/idle_share": Metric("mean", "share of the update's wall time that the learner did not train"),
     "policy/entropy_nats": Metric("mean", "entropy per trained token"),
@@ -208,6 +209,8 @@ class BatchSummary:
     staleness_max: int
     """The largest staleness of any token in the batch, updates."""
     metrics: Mapping[str, float]
+    staleness: tuple[int, ...] = ()
+    """Of each group, updates."""
     moments: ScoreMoments = field(default_factory=ScoreMoments)
     """Of all scores up to this batch, it included."""
 
@@ -233,6 +236,7 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
         ticket_ids=tuple(scored.group.ticket.ticket_id for scored in batch.groups),
         prompt_ids=prompt_ids,
         staleness_max=max(staleness),
+        staleness=staleness,
         metrics={
             "reward/mean": float(np.concatenate(sampled_scores).mean() if sampled_scores else scores.mean()),
             "reward/batch_mean": float(scores.mean()),

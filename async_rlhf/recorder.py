@@ -9,6 +9,8 @@ origin.json      what the run began from        incidents.jsonl actors that were
 config-until-N.yaml the config that session N changed
 wanted.json      what `async-rlhf scale` asked for scaled.json   the driver's answer
 LOCK             held by the living driver      heartbeat       touched by it
+wandb/           what Weights & Biases was given (run.wandb)
+prometheus.json  where the metrics of a living run's own Ray are scraped
 journal/         every sample and decision      checkpoints/    from where the run can go on
 rollouts/        what left the journal: a dataset, one row per completion
 export/          what `async-rlhf export` wrote, by version
@@ -16,10 +18,10 @@ export/          what `async-rlhf export` wrote, by version
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.errors import ConfigError
@@ -72,57 +74,143 @@ def is_secret(name: str) -> bool:
     return any(mark in name.upper() for mark in ("TOKEN", "KEY", "SECRET", "PASSWORD"))
 
 
-class Recorder:
-    """Writes metrics as JSON lines and TensorBoard events."""
+class Sink(Protocol):
+    """Where rows go."""
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """An update's row."""
+        ...
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """An evaluation's row."""
+        ...
+
+    def incident(self, entry: Mapping[str, Any]) -> None:
+        """An actor was lost, or is back."""
+        ...
+
+    def cut_after(self, version: int) -> None:
+        """Updates after `version` will be trained again."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl and incidents.jsonl. Evaluations have files of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = folder / "metrics.jsonl"
+        self._lines = self._file.open("a", encoding="utf-8")
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Append it; a reader sees whole lines at once."""
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Nothing: see EvaluationLog."""
+
+    def incident(self, entry: Mapping[str, Any]) -> None:
+        """Append it."""
+        with (self._folder / "incidents.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(entry) + "\n")
+
+    def cut_after(self, version: int) -> None:
+        """Take the rows back."""
+        self._lines.close()
+        rows = [row for row in read_rows(self._folder) if row["version"] <= version]
+        write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in rows))
+        self._lines = self._file.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class TensorBoard:
+    """The numbers of rows as event files."""
 
     def __init__(self, folder: Path) -> None:
         # The small writer of the tensorboard package; torch's own would import torch into the driver.
         from tensorboard.summary import Writer
 
-        self.folder = folder
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = Writer(str(folder / "tensorboard"))
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """One point of each curve."""
+        for key, value in row.items():
+            if "/" in key:
+                self._events.add_scalar(key, value, int(row["version"]))
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Likewise."""
+        self.update(row)
+
+    def incident(self, entry: Mapping[str, Any]) -> None:
+        """Nothing: it has no curve."""
+
+    def cut_after(self, version: int) -> None:
+        """Nothing: event files only grow, and the viewer shows the last point of a step."""
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._events.close()
+
+
+class Recorder:
+    """Writes a run's rows to all sinks, and its evaluations."""
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
+        """
+        Args:
+            sinks: beside JSON lines and TensorBoard.
+        """
+        self.folder = folder
+        self._sinks: Sequence[Sink] = (JsonLines(folder), TensorBoard(folder), *sinks)
         self._evaluations = EvaluationLog(folder)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one update's row; a reader sees whole lines at once."""
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
-        self._add_scalars(row)
+        """One update's row."""
+        for sink in self._sinks:
+            sink.update(row)
 
     def write_evaluation(self, findings: Findings) -> Mapping[str, Any]:
         """Write an evaluation; returns its row."""
         row = self._evaluations.write(findings)
-        self._add_scalars(row)
+        for sink in self._sinks:
+            sink.evaluation(row)
         return row
 
     def write_incident(self, entry: Mapping[str, Any]) -> None:
-        """Append one entry to incidents.jsonl."""
-        with (self.folder / "incidents.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(entry) + "\n")
+        """An actor was lost, or is back."""
+        for sink in self._sinks:
+            sink.incident(entry)
 
     def cut_after(self, version: int) -> None:
         """Take back the rows, and evaluations, after `version`: their updates will be trained again."""
-        self._lines.close()
-        rows = [row for row in read_rows(self.folder) if row["version"] <= version]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        for sink in self._sinks:
+            sink.cut_after(version)
         self._evaluations.cut_after(version)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._lines.close()
-        self._events.close()
-
-    def _add_scalars(self, row: Mapping[str, Any]) -> None:
-        for key, value in row.items():
-            if "/" in key:
-                self._events.add_scalar(key, value, int(row["version"]))
+        """Close all sinks."""
+        for sink in self._sinks:
+            sink.close()
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
     """The machine-readable last word of a run."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def write_targets(folder: Path, address: str) -> None:
+    """Tell Prometheus where a run's own Ray shows its metrics, as its `file_sd_configs` want it; an empty address: nowhere, any more."""
+    targets = [{"targets": [address], "labels": {"job": "async_rlhf"}}] if address else []
+    write_atomically(folder / "prometheus.json", json.dumps(targets) + "\n")
 
 
 def write_origin(plan: RunPlan) -> None:

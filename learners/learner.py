@@ -24,6 +24,7 @@ from learners.checkpoint import FACTS_NAME, FORMAT, CheckpointWriter, Content, F
 from learners.collective import sum_over_ranks
 from learners.critic import Critic
 from learners.engine import DTYPES, make_engine, model_of
+from learners.flops import device_name, peak_flops, size_of, training_flops
 from learners.objective import Totals
 from learners.random_state import random_state, set_random_state
 from learners.sending import HeldVersion
@@ -45,6 +46,7 @@ class Learner:
         add_adapters(scorer.model, settings.lora, config.seed)
         engine = make_engine(scorer, settings, settings.learning_rate, config.optimizer_steps)
         self._stopwatch = Stopwatch()
+        self._size = size_of(model_of(engine))
         self._policy = TrainedModel(engine, self._score, settings, "learner.learning_rate", self._stopwatch)
         critic = self._objective.critic
         self._critic = None if critic is None else Critic(config, model_folder, critic, self._stopwatch)
@@ -65,10 +67,12 @@ class Learner:
         self._stopwatch.start()
         units = [[unit for unit in map(self._objective.select, groups) if unit] for groups in minibatches]
         counts = [self._count(of_minibatch, len(groups)) for of_minibatch, groups in zip(units, minibatches, strict=True)]
+        epochs = self._config.algorithm.epochs_per_batch
+        num_sequences = epochs * sum(totals.sequences for totals, _ in counts)
         units, steps = self._prepare(units)
         self._stopwatch.lap("train/prepare_s")
         num_tokens = 0.0
-        for _ in range(self._config.algorithm.epochs_per_batch):
+        for _ in range(epochs):
             for of_minibatch, (totals, tokens) in zip(units, counts, strict=True):
                 steps.append(self._optimize(of_minibatch, totals))
                 num_tokens += tokens
@@ -76,8 +80,8 @@ class Learner:
             version=update + 1,
             optimizer_steps=self._optimizer_steps,
             num_tokens=int(num_tokens),
-            train_s=time.perf_counter() - started,
-            metrics=derive(over_steps(steps)),
+            train_s=(train_s := time.perf_counter() - started),
+            metrics={**derive(over_steps(steps)), **self._utilisation(num_tokens, num_sequences, train_s)},
             parts_s=self._stopwatch.laps,
         )
 
@@ -156,6 +160,14 @@ class Learner:
         self._optimizer_steps = saved.facts.optimizer_steps
         set_random_state(randomness)
         return saved.facts.version
+
+    def _utilisation(self, num_tokens: float, num_sequences: float, train_s: float) -> dict[str, float]:
+        """Of this rank's GPU, whose share of the tokens is an equal one; nothing where the peak is not known."""
+        peak = peak_flops(device_name(), self._config.learner.peak_tflops)
+        if peak is None:
+            return {}
+        flops = training_flops(self._size, num_tokens, num_sequences) / dist.get_world_size()
+        return {"train/mfu_share": flops / (train_s * peak)}
 
     def _prepare(self, units: list[list[Unit]]) -> tuple[list[list[Unit]], list[dict[str, float]]]:
         """What is computed once, when the batch arrives: `proximal` where it will differ from the policy, the critic's advantages."""

@@ -32,12 +32,13 @@ from async_rlhf.evaluation_summary import summarize_evaluations
 from async_rlhf.model_card import write_card
 from async_rlhf.opponents import sample_opponent
 from async_rlhf.progress import Progress
-from async_rlhf.recorder import Recorder, write_summary
+from async_rlhf.recorder import Recorder, without_secrets, write_summary, write_targets
 from async_rlhf.report import write_report
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.run_verdict import RunningVerdict, own_cores
 from async_rlhf.state import TrainingState, write_atomically
 from async_rlhf.verdict import Bottleneck
+from async_rlhf.wandb_sink import WandbSink
 
 if TYPE_CHECKING:
     from actors.accounts import Accounts
@@ -52,14 +53,20 @@ PHASES = {EXIT_OK: "finished", EXIT_INTERRUPTED: "interrupted", EXIT_TERMINATED:
 
 def drive(plan: RunPlan, console: Console) -> int:
     """Run; returns the process's exit code: 0, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    with Progress(console, plan.config.updates) as progress, closing(Recorder(plan.run_folder)) as recorder:
+    with Progress(console, plan.config.updates) as progress, closing(_recorder(plan)) as recorder:
         code, summary = _execute(plan, _Watcher(progress, recorder, RunningVerdict(plan.config, own_cores(plan.config))))
-    write_summary(plan.run_folder, summary)
+        write_summary(plan.run_folder, summary)  # before a sink takes its time to close
     if code == EXIT_OK:
         write_card(plan.run_folder, plan.config, plan.model_folder)
     write_report(plan.run_folder)
     _say_goodbye(console, plan.run_folder, summary)
     return code
+
+
+def _recorder(plan: RunPlan) -> Recorder:
+    """JSON lines and TensorBoard, and what the config asks for beside them."""
+    config = plan.config
+    return Recorder(plan.run_folder, [] if config.run.wandb.mode == "off" else [WandbSink(plan.run_folder, without_secrets(config))])
 
 
 class _Watcher:
@@ -120,18 +127,21 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
         end = end_of(error)
         if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
             (folder / "error.txt").write_text(f"{traceback.format_exc()}\n{_who_waits()}\n", encoding="utf-8")
+    write_targets(folder, "")
     write_atomically(folder / "state.json", accounts.state(PHASES.get(end[0], "failed")).to_json())
     summary = _summary(plan, accounts, end, time.perf_counter() - started_s)
     return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped), "verdict": watcher.verdict or None}
 
 
 def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> None:
+    from actors.exporter import metrics_address
     from actors.learner_crew import LearnerParts
     from actors.run import Run
     from learners.group import LearnerGroup
     from learners.rank import LearnerRank
     from learners.sending import SendingRank
 
+    write_targets(plan.run_folder, metrics_address(cluster))
     rank_class = SendingRank if plan.config.weights.by_group else LearnerRank
     run = Run(plan, cluster, LearnerParts(rank_class=rank_class, make_group=LearnerGroup), watcher, accounts)
     asyncio.run(_with_signals(run, plan))

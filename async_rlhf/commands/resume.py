@@ -25,6 +25,7 @@ from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan
 from async_rlhf.scaling import forget_wishes, scaled_count
 from async_rlhf.state import read_state, write_atomically
+from async_rlhf.wandb_sink import check_wandb
 
 FIXED = ("batch_groups", "max_staleness", "task", "seed", "prompts.held_out")
 """The arithmetic of slots, or the order of prompts, depends on these."""
@@ -32,7 +33,7 @@ FIXED = ("batch_groups", "max_staleness", "task", "seed", "prompts.held_out")
 FIXED_OF_SOURCES = ("path", "subset", "split", "streaming", "live")
 """Of a source that was drawn from: its position counts these very rows. Others may join it, and it may leave."""
 
-HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "lora.publish", "num_cpus", "num_gpus")
+HARMLESS = ("num_ranks", "zero_stage", "batching", "max_tokens_per_microbatch", "lora.publish", "num_cpus", "num_gpus", "peak_tflops")
 """Of `learner`: an update comes out the same, up to rounding."""
 
 
@@ -76,6 +77,7 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         reward = absolute_reward(config.reward.function) or origin["metric"]
     config = dataclasses.replace(config, reward=absolute_rewards(config.reward))
     check_rewards(config.reward, reward)
+    check_wandb(config)
     config = with_absolute_paths(absolute_sources(config))
     check_prompts(config, model_folder)
     check_opponent(config.evaluation, held_out_prompts(config, model_folder))

@@ -21,6 +21,7 @@ from async_rlhf.recorder import make_run_folder, write_origin
 from async_rlhf.rewards import absolute_rewards, check_rewards
 from async_rlhf.run_lock import sole_driver
 from async_rlhf.run_plan import RunPlan, reward_and_metric
+from async_rlhf.wandb_sink import check_wandb
 
 
 def run_or_resume(config: Config, console: Console) -> int:
@@ -56,6 +57,7 @@ def run_train(config: Config, console: Console) -> int:
     reward, metric = reward_and_metric(config)
     check_rewards(without_own_proxies(config.reward), reward)
     check_own_proxies(config)
+    check_wandb(config)
     for warning in warnings_of(config):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if config.algorithm.ppo.critic.path:

@@ -16,6 +16,7 @@ from async_rlhf.config.prompts import EvaluationConfig, PromptsConfig
 from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
 from async_rlhf.config.tasks import TaskConfig
+from async_rlhf.config.wandb import WandbConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class RunConfig:
     """Logical CPUs of a local Ray; 0: what the actors ask for, or the machine's cores if those are more."""
     object_store_mib: int = number(256, ge=80, le=1 << 20)
     """Ray's shared memory on a local run, MiB."""
+    metrics_port: int = number(0, ge=0, le=65535)
+    """Port of a local Ray's metrics, for Prometheus; 0: any free one, which RUN/prometheus.json names."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     autoscale: bool = False
     """Nodes come when they are asked for: a cluster that is too small today is waited for, up to timeouts.place_s."""
 
@@ -122,6 +126,8 @@ class LearnerConfig:
     """Sequences of a microbatch behind one another without padding, or above one another padded to the longest."""
     max_tokens_per_microbatch: int = number(16384, ge=1, le=1 << 30)
     """Tokens of one forward pass on one rank, padding included; a group larger than this is a microbatch of its own."""
+    peak_tflops: float = number(0.0, ge=0.0, le=1e6)
+    """Peak of one device, for train/mfu_share; 0: known by the name of the GPU (learners/flops.py), or no such metric."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     num_cpus: float = number(1.0, ge=0.0, le=4096.0)
     num_gpus: float = number(0.0, ge=0.0, le=64.0)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from async_rlhf.curves import CURVES, EVALUATION_CURVES, Curve
+from async_rlhf.curves import EVALUATION_CURVES, Curve
 from async_rlhf.dashboard.folder import RunFolder
 from async_rlhf.dashboard.reading import count, fields, number, text
 from async_rlhf.dashboard.samples import shown
 from async_rlhf.dashboard.settings import differing
 from async_rlhf.dashboard.table import Table, thinned
-from async_rlhf.dashboard.views import SMOOTHED, View, entry, evaluated
+from async_rlhf.dashboard.views import SMOOTHED, STEADY_CURVES, View, entry, evaluated
 from async_rlhf.report_curves import running_mean, smoothing_window
 
 MAX_COMPARED = 8
@@ -31,7 +31,7 @@ def compare(runs: Mapping[str, RunFolder]) -> View:
     return {
         "runs": [{"name": name, **entry(run), "results": _results(run)} for name, run in runs.items()],
         "settings": {key: {name: _plain(of) for name, of in values.items()} for key, values in [*changed.items()][:MAX_SETTINGS]},
-        "training": _overlaid([curve for curve in CURVES if curve.name in NAMES], {name: run.table for name, run in runs.items()}),
+        "training": _overlaid([curve for curve in STEADY_CURVES if curve.name in NAMES], {name: run.table for name, run in runs.items()}),
         "evaluations": _overlaid(EVALUATION_CURVES, measured),
     }
 

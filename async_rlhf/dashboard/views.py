@@ -24,6 +24,7 @@ MAX_NAMES = 64
 """Actors, and reasons of drops."""
 STEADIED = ("kl", "throughput", "idle", "depth", "wait")
 """Curves that jump from update to update: they get a running mean on the page."""
+STEADY_CURVES = tuple(replace(curve, smoothed=curve.smoothed or curve.name in STEADIED) for curve in CURVES)
 SMOOTHED = ":smoothed"
 """Ends the key of a column that holds another one's running mean."""
 
@@ -89,8 +90,7 @@ def curves(run: RunFolder) -> View:
     """The curves of a run: what they are, and their points, column by column."""
     measured = Table()
     measured.extend(run.evaluations)
-    steadied = [replace(curve, smoothed=curve.smoothed or curve.name in STEADIED) for curve in CURVES]
-    defined = (*steadied, *_part_curves(run.table))
+    defined = (*STEADY_CURVES, *_part_curves(run.table))
     return {
         "bound": number(run.settings.get("max_staleness")),
         "training": _drawn(defined, run.table),

@@ -98,6 +98,15 @@ def test_the_verdict_names_the_box_that_holds_the_run_up(tmp_path: Path) -> None
     assert "generation-bound" in str(view["verdict"])
 
 
+def test_a_run_that_ended_keeps_the_last_verdict_of_its_driver(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "first")
+    run.update(30)
+    run.write_state("finished")
+    (run.folder / "summary.json").write_text(json.dumps({"exit": "success", "verdict": "what the driver said"}))
+
+    assert overview(run)["verdict"] == "what the driver said"
+
+
 def test_a_run_without_updates_has_no_numbers_and_no_curves(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "first")
 

@@ -46,12 +46,12 @@ function runPage(root, name) {
   };
 }
 
-/** Where to go when the address names nothing. */
+/** Where to go when the address names nothing, and whether to go on to the newest living run whenever there is another one. */
 async function home() {
   const { follows, runs } = await ask("/api/runs");
-  if (!follows) return runs.length > 1 ? `compare=${runs.slice(0, MAX_COMPARED).map((run) => run.name).join(",")}` : runs.length ? `run=${runs[0].name}` : "runs";
+  if (!follows) return [runs.length > 1 ? `compare=${runs.slice(0, MAX_COMPARED).map((run) => run.name).join(",")}` : `run=${runs[0].name}`, false];
   const live = runs.find((run) => run.live);
-  return live ? `run=${live.name}` : "runs";
+  return live ? [`run=${live.name}`, true] : ["runs", false];
 }
 
 async function navigation(place) {
@@ -66,12 +66,13 @@ let turn = 0;
 /** Shows what the address names until it names something else. */
 async function go() {
   const mine = (turn += 1), asked = location.hash.slice(1), alive = () => mine === turn;
-  let place = asked, step = null, followed = 0;
+  let place = asked, step = null, followed = 0, following = "";
   while (alive()) {
     try {
       if (!asked && Date.now() > followed) {
-        const now = await home();
+        const [now, follows] = await home();
         followed = Date.now() + FOLLOW_MS;
+        following = follows ? "following \u00b7 " : "";
         // A run that ended stays on the screen until another one begins.
         if (step === null || (now !== place && now !== "runs")) [place, step] = [now, null];
       }
@@ -85,7 +86,7 @@ async function go() {
       const wait = await step();
       if (!alive()) return;
       pulse.className = "pulse";
-      pulse.textContent = `${asked ? "" : "following \u00b7 "}updated ${new Date().toLocaleTimeString("sv-SE")}`;
+      pulse.textContent = `${following}updated ${new Date().toLocaleTimeString("sv-SE")}`;
       await new Promise((resume) => setTimeout(resume, wait));
     } catch (error) {
       if (!alive()) return;

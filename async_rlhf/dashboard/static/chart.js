@@ -97,7 +97,7 @@ function layOut(curve, all, bound, width) {
     x: (version) => LEFT + ((version - from) / (to - from)) * inner,
     y: (value) => (log && value <= 0 ? NaN : TOP + tall - ((scale(value * factor) - scale(low)) / (scale(high) - scale(low))) * tall),
     ticks: log ? logTicks(low, high) : ticks(low, high, 4),
-    marks: ticks(from, to, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger),
+    marks: ticks(from, to, Math.max(2, Math.floor(width / 65))).filter(Number.isInteger),
   };
 }
 

@@ -24,7 +24,7 @@ const PLACES = {
     scored: ["M190 420V468", [190, 468, 90], [202, 452, "start"]],
     batches: ["M190 602V650", [190, 650, 90], [202, 626, "start"]],
     trained: ["M190 772V820", [190, 820, 90], [202, 796, "start"]],
-    installed: ["M60 860H24V194H50", [50, 194, 0], [34, 826, "start"]],
+    installed: ["M60 860H24V194H50", [50, 194, 0], [34, 626, "start"]],
   },
 };
 
@@ -48,7 +48,7 @@ function picture(run, narrow) {
     box("scorers", many("Scorer", flow.scorers), [`${seconds(busy("score/latency_s"))} per call`, flow.rewards ? `${flow.rewards} reward actors` : "reward, reference"], busy("score/idle_share")),
     queueBox(at.queue, queue, run),
     box("learner", many("Learner", flow.ranks, flow.ranks > 1 ? "ranks" : ""), [`${seconds(busy("train/step_s"))} per update`, `waits ${seconds(busy("queue/wait_s"))} for a batch`], busy("train/idle_share")),
-    box("broadcaster", "Weight broadcaster", [`version ${whole(flow.weights_version)}`]),
+    box("broadcaster", "Weight broadcaster", [`version ${whole(flow.weights_version)}, ${seconds(busy("weights/transfer_s"))} per transfer`]),
   ];
   const arrows = [
     arrow("tickets", rate(flow.tickets_per_s, "tickets")),

@@ -15,7 +15,7 @@ export function headline(run) {
   const bar = el("i", { class: run.phase === "finished" ? "done" : "" });
   bar.style.width = `${run.num_updates ? Math.min(100, (100 * run.version) / run.num_updates) : 0}%`;
   const facts = [
-    run.algorithm, `update ${whole(run.version)} of ${whole(run.num_updates)}`, run.elapsed_s === null ? null : `${seconds(run.elapsed_s)} of training`,
+    run.algorithm, `update ${whole(run.version)} of ${whole(run.num_updates)}`, !run.version || run.elapsed_s === null ? null : `${seconds(run.elapsed_s)} of training`,
     run.eta_s === null ? null : `${seconds(run.eta_s)} to go`, run.live ? null : `last sign of life ${ago(run.seen_s_ago)}`,
   ].filter(Boolean);
   const verdict = run.verdict || (run.live ? "The verdict comes with the first updates." : "");
@@ -36,12 +36,11 @@ export function tiles(run) {
   const over = run.max_staleness !== null && numbers.staleness_max > run.max_staleness;
   return [
     last ? tile(`held-out ${evaluation.metric}`, moved ? `${num(first.score)} \u2192 ${num(last.score)}` : num(last.score), `${interval}${moved ? `, version ${whole(last.version)}` : ""}`, "", moved ? "wide" : "") : null,
-    tile("reward of a batch", num(numbers.reward_mean), `best ${num(numbers.best_reward_mean)}`),
+    tile("batch reward", num(numbers.reward_mean), `best ${num(numbers.best_reward_mean)}`),
     tile("KL to the start", num(run.row["rollout/kl_k1_nats"]), "nats per completion"),
     tile("largest staleness", whole(numbers.staleness_max), `bound ${num(run.max_staleness)}`, over ? "bad" : ""),
-    tile("prompts trained", whole(numbers.prompts), `${whole(numbers.completions)} completions`),
-    tile("tokens trained", whole(numbers.tokens), `${num(run.row["rollout/length_tokens"])} per completion`),
-    tile("checkpoint", numbers.checkpoint === null ? "none" : whole(numbers.checkpoint), numbers.session ? `resumed ${whole(numbers.session)}\u00d7` : "version; never resumed"),
+    tile("prompts trained", whole(numbers.prompts), `${whole(numbers.tokens)} tokens`),
+    tile("newest checkpoint", numbers.checkpoint === null ? "none" : whole(numbers.checkpoint), numbers.session ? `resumed ${whole(numbers.session)}\u00d7` : "never resumed"),
   ];
 }
 

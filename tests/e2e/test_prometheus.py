@@ -1,0 +1,135 @@
+"""A real Prometheus scrapes a real run, and answers every query of the Grafana dashboard."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.support.command import CHECKOUT, command, environment
+from tests.support.http_server import free_port
+from tests.support.programs import program
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+MONITORING = CHECKOUT / "deploy" / "monitoring"
+DASHBOARD = json.loads((MONITORING / "grafana" / "async_rlhf.json").read_text(encoding="utf-8"))
+
+EMPTY = {
+    "ray_async_rlhf_reward_idle_share": "the run has no reward actors",
+    "ray_async_rlhf_reward_latency_s": "likewise",
+    "ray_async_rlhf_reward_part": "its reward has no parts",
+    "ray_async_rlhf_skipped_rows": "its prompts come from no source whose rows could be skipped",
+    "ray_async_rlhf_train_mfu_share": "the peak of a CPU is not known",
+}
+"""Metrics of queries that rightly have no data, with the reason."""
+
+WAIT_S = 240.0
+
+MANY = 1_000_000
+"""Updates that no test waits for: the run is stopped when it was seen."""
+
+
+def prometheus_config(targets: Path) -> str:
+    """The shipped one, that looks at one run, and often."""
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text(encoding="utf-8"))
+    config["global"]["scrape_interval"] = "1s"
+    (job,) = config["scrape_configs"]
+    del job["static_configs"]
+    job["file_sd_configs"] = [{"files": [str(targets)], "refresh_interval": "1s"}]
+    return yaml.safe_dump(config)
+
+
+@contextmanager
+def run_at_work(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A run in that folder; ended, and looked at, in the end."""
+    words = ("train", "conf/quickstart.yaml", f"run.dir={folder}", f"updates={MANY}", "generator.engine=transformers")
+    words = (*words, "batch_groups=8", "generator.max_inflight=32", "learner.num_ranks=1")
+    log = folder.with_suffix(".log")
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143, log.read_text()
+        assert json.loads((folder / "prometheus.json").read_text()) == [], "Prometheus would go on looking for it"
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+@contextmanager
+def prometheus_of(run_folder: Path, folder: Path) -> Iterator[str]:
+    """The address of a Prometheus that keeps in `folder` what it scrapes from the run."""
+    executable = program("prometheus")
+    folder.mkdir()
+    (folder / "prometheus.yml").write_text(prometheus_config(run_folder / "prometheus.json"))
+    address = f"127.0.0.1:{free_port()}"
+    options = ("--config.file=prometheus.yml", "--storage.tsdb.path=store", f"--web.listen-address={address}")
+    with (folder / "log").open("w") as stream:
+        process = subprocess.Popen([executable, *options], cwd=folder, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def queries() -> list[str]:
+    """Of all panels, with what Grafana would put in place of its variables."""
+    expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+    return [expression.replace("$__rate_interval", "5m").replace("$run", ".*") for expression in expressions]
+
+
+@dataclass(frozen=True)
+class Series:
+    labels: dict[str, str]
+    value: float
+
+
+def answered(prometheus: str, query: str) -> list[Series]:
+    """What it finds now; nothing while it is starting."""
+    with suppress(httpx.TransportError):
+        answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=10.0).json()
+        if answer["status"] != "success":
+            assert answer["errorType"] == "unavailable", answer
+            return []
+        return [Series(labels=found["metric"], value=float(found["value"][1])) for found in answer["data"]["result"]]
+    return []
+
+
+def test_every_query_of_the_dashboard_has_data_while_a_run_is_at_work(tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    left = [query for query in queries() if not any(name in query for name in EMPTY)]
+    assert len(left) > 40
+
+    with prometheus_of(run_folder, tmp_path / "prometheus") as prometheus, run_at_work(run_folder) as run:
+        ends = time.monotonic() + WAIT_S
+        while left:
+            assert run.poll() is None and time.monotonic() < ends, f"without data: {left}\n{run_folder.with_suffix('.log').read_text()}"
+            time.sleep(1.0)
+            left = [query for query in left if not answered(prometheus, query)]
+        (series,) = answered(prometheus, "ray_async_rlhf_target_updates")
+        places = answered(prometheus, "ray_async_rlhf_queue_groups")
+        rightly_empty = [answered(prometheus, query) for query in queries() if any(name in query for name in EMPTY)]
+
+    assert (series.labels["run"], series.value) == ("run", MANY)
+    assert {series.labels["place"] for series in places} == {"leased", "lost", "scoring", "waiting", "taken", "trained"}
+    assert rightly_empty == [[]] * len(rightly_empty)
+
+
+def test_the_shipped_configuration_is_one_that_prometheus_takes() -> None:
+    checked = subprocess.run(
+        [program("promtool"), "check", "config", "--syntax-only", str(MONITORING / "prometheus.yml")], capture_output=True, text=True
+    )
+
+    assert checked.returncode == 0, checked.stdout + checked.stderr
