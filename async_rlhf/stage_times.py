@@ -13,6 +13,8 @@ SETTLED_VERSION = 2
 """The updates up to here fill the queue and warm the engines up: they say nothing."""
 MIN_UPDATES = 3
 """With fewer the means say nothing."""
+MAX_UPDATE_S = 1e9
+"""Of an update: a file that says more was not written by a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +80,7 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
         follows = _number(row, "version") == _number(before, "version") + 1 > SETTLED_VERSION
         if (
             follows
-            and update_s > 0
+            and 0 < update_s < MAX_UPDATE_S
             and all(math.isfinite(_number(row, key)) for key in ("queue/wait_s", "train/step_s", "generate/idle_share"))
         ):
             spans.append((update_s, row))
