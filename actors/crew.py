@@ -82,6 +82,11 @@ class Crew:
             return True
         return self.published[1] is not self.broadcaster.actor
 
+    def check_sender(self) -> None:
+        """Raise LearnerLostError where no generator gets a version until the learner has started again."""
+        if self.transport.by_sender and self.learner.lost is not None:
+            raise self.learner.lost
+
     async def note(self, fact: Fact, config: Config) -> None:
         """Tell the queue."""
         self.counters = await self.queue.call("note", fact, timeout_s=config.timeouts.call_s)

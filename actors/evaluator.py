@@ -10,7 +10,7 @@ from actors.judging import Judging
 from actors.remote import RemoteActor
 from actors.supervision import BROKEN
 from async_rlhf.config import Config
-from async_rlhf.errors import ActorLostError, DeadlineError
+from async_rlhf.errors import ActorLostError, DeadlineError, ObjectLostError
 from async_rlhf.evaluation import Findings, Stage
 from async_rlhf.types import Prompt, Rollout
 
@@ -36,6 +36,7 @@ class Evaluator:
 
         Raises:
             DeadlineError: no generator gets to that version in time. RewardError: metric or reward broke its contract.
+            LearnerLostError: no generator gets to that version before the learner has started again.
         """
         greedy = await self._ask_all(version, 0.0)
         sampled = await self._ask_all(version, self._config.generator.temperature) if self._config.evaluation.sampled else None
@@ -72,7 +73,7 @@ class Evaluator:
         prompts = [self._prompts[index] for index in part]
         try:
             rollouts: list[Rollout] = await actor.call("evaluate", prompts, temperature, timeout_s=self._timeouts.generate_s)
-        except ActorLostError:  # its produce loop sees that too, and replaces it
+        except (ActorLostError, ObjectLostError):  # it, or its node with the answers; its produce loop sees that too, and replaces it
             self._crew.installs.pop(actor.name, None)
             return {}
         except DeadlineError as error:
@@ -94,6 +95,7 @@ class Evaluator:
             first_s = waited_s if at_version and first_s is None else first_s
             if at_version and (len(at_version) == len(actors) or waited_s - (first_s or 0.0) >= STRAGGLER_S):
                 return at_version
+            crew.check_sender()
             if waited_s >= limit_s:
                 raise DeadlineError(
                     f"no generator installed version {version} within {limit_s:g} s (timeouts.start_s + timeouts.weights_s)"

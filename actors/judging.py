@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.crew import Crew
 from actors.supervision import LOST, first_line
-from async_rlhf.errors import ActorFailedError, RewardError, RewardLostError
+from async_rlhf.errors import ActorFailedError, ObjectLostError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, Sample, Stage
 from async_rlhf.opponents import Opponent, outcomes_by_judge, outcomes_by_score
 from async_rlhf.run_plan import RunPlan
@@ -119,7 +119,7 @@ class Judging:
             try:
                 with meter.working(counted=False):
                     return await actor.call(method, *args, timeout_s=self._config.timeouts.score_s)
-            except LOST as error:
+            except (*LOST, ObjectLostError) as error:  # a large answer is gone with the scorer's node
                 await scorer.replace(actor, error)
                 if attempt + 1 == ATTEMPTS:
                     raise

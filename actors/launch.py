@@ -60,6 +60,8 @@ class ActorSpec:
     num_gpus: float = 0.0
     max_concurrency: int | None = None
     """Threads of a plain actor; None: one, or Ray's default for one with coroutines."""
+    sends_weights: bool = False
+    """Whether it has a thread for WEIGHTS_GROUP."""
     place: str = ""
     """Which reserved place it takes; empty: `name`. A restarted actor takes that of the one before."""
     group: str = ""
@@ -155,10 +157,9 @@ class Cluster:
         if spec.max_concurrency is not None:
             options["max_concurrency"] = spec.max_concurrency
         options["scheduling_strategy"] = self.placement.strategy(spec.place, spec.near)
+        threads = {CONTROL_GROUP: 1} | ({WEIGHTS_GROUP: 1} if spec.sends_weights else {})
         remote: Any = ray.remote  # its stubs know no concurrency groups
-        actor = RemoteActor(
-            remote(concurrency_groups={CONTROL_GROUP: 1, WEIGHTS_GROUP: 1})(spec.cls).options(**options).remote(*spec.args), spec.name
-        )
+        actor = RemoteActor(remote(concurrency_groups=threads)(spec.cls).options(**options).remote(*spec.args), spec.name)
         self._actors.append(actor)
         return actor
 

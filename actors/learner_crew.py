@@ -57,6 +57,8 @@ class LearnerCrew:
         self._group: Group | None = None
         self.ranks: Sequence[RemoteActor] = ()
         """The actors, by rank; all of one start."""
+        self.lost: LearnerLostError | None = None
+        """Set by watch() once one of `ranks` is gone, until others join."""
 
     def next_specs(self) -> list[ActorSpec]:
         """The ranks of the next start."""
@@ -71,13 +73,14 @@ class LearnerCrew:
                 args=(self._config, str(self._plan.model_folder), rank),
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
+                sends_weights=self._config.weights.by_group and rank == 0,
             )
             for rank in range(settings.num_ranks)
         ]
 
     async def join(self, ranks: Sequence[RemoteActor], checkpoint: Path | None) -> int:
         """Let started ranks meet and load; returns the version that they are at."""
-        self.ranks = ranks
+        self.ranks, self.lost = ranks, None
         self._group = self._parts.make_group(ranks, self._config)
         self._version = await self._group.join(str(checkpoint) if checkpoint else None)
         return self._version
@@ -92,7 +95,7 @@ class LearnerCrew:
         return self._version
 
     async def watch(self) -> None:
-        """Look at every rank, for ever: one that is frozen is killed, and whoever waits for it learns of that."""
+        """Look at every rank, for ever: one that is frozen is killed, and whoever waits for it learns of that; see also `lost`."""
         while True:
             await first_failure(*(self._watch_rank(rank) for rank in range(self._config.learner.num_ranks)))
 
@@ -136,7 +139,9 @@ class LearnerCrew:
             actor = self.ranks[rank]
             try:
                 await self._supervisor.watch(actor)
-            except (*LOST, ActorFailedError):
+            except (*LOST, ActorFailedError) as error:
+                if self.ranks[rank] is actor:
+                    self.lost = LearnerLostError(str(error))
                 while self.ranks[rank] is actor:
                     await asyncio.sleep(1.0)
 

@@ -18,7 +18,8 @@
 | scorer, reward   | the call that waits | the groups go to another one, one by one if the call held several                            |
 | queue, state,    | the call that waits | a new one goes on from the journal, from state.json, or empty; the call is made again        |
 | broadcaster      |                     |                                                                                              |
-| learner rank     | the train loop      | LearnerLostError: the group starts again from a checkpoint, and trains the same batches again |
+| learner rank     | the train loop, or  | LearnerLostError: the group starts again from a checkpoint, and trains the same batches again |
+|                  | whoever watches it  |                                                                                              |
 
 Groups and batches travel as object references: they go from process to process and never through this one.
 """
@@ -39,7 +40,7 @@ from actors.supervision import BROKEN, guarded
 from actors.waiting import unless
 from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
-from async_rlhf.errors import DeadlineError, ObjectLostError
+from async_rlhf.errors import ActorLostError, DeadlineError, ObjectLostError
 from async_rlhf.metrics import BatchSummary
 from async_rlhf.types import Ticket
 
@@ -140,9 +141,10 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
 
 
 async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary | None:
-    """The batch's summary, or None when no further batch will come, or none is wanted."""
+    """The batch's summary, or None when no further batch will come, or none is wanted; see train() for the errors."""
     waited_s = 0.0
     while not crew.stopping.is_set():
+        crew.check_sender()
         if crew.must_publish:
             await crew.publish(update, config)
         asked = time.monotonic()
@@ -167,6 +169,7 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
 async def _let_go(actor: RemoteActor, crew: Crew, config: Config) -> None:
     """Nobody counts on this generator any more."""
     crew.installs.pop(actor.name, None)
+    crew.transport.forget(actor, crew.learner.ranks)
     await crew.note(HolderGone(holder=actor.name), config)
 
 
@@ -204,7 +207,11 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
         await flow.until(lambda: flow.inflight > 0)
         asked = time.monotonic()
         summary_ref, groups_ref = actor.start("collect", config.deterministic, POLL_S, num_returns=2)
-        collected: Collected = await resolve(summary_ref, edge=f"{actor.name}.collect", timeout_s=POLL_S + config.timeouts.call_s)
+        edge = f"{actor.name}.collect"
+        try:
+            collected: Collected = await resolve(summary_ref, edge=edge, timeout_s=POLL_S + config.timeouts.call_s)
+        except ObjectLostError as error:  # a large one stays on its node, and is gone with it
+            raise ActorLostError(str(error)) from error
         crew.usage[actor.name] = collected.usage
         if collected.tickets:
             crew.meters.generate.through(len(collected.tickets))
@@ -223,22 +230,27 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
 async def _refresh(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, is_installed: Callable[[], None]) -> None:
     """Install the newest version on the generator, again and again."""
     while True:
-        broadcaster = crew.broadcaster.actor
-        offer: Offer | None = await crew.broadcaster.call("newer_than", flow.installed, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
-        if offer is None:
-            continue
-        await crew.gate.passed(offer.version)
-        asked = time.perf_counter()
-        try:
-            report = await crew.transport.deliver(actor, offer, crew.learner.ranks)
-        except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
-            await crew.broadcaster.replace(broadcaster, error)
-            continue
-        if report is None:
-            continue
-        await crew.note(Installed(holder=actor.name, version=report.version), config)
-        await flow.change(installed=report.version)
-        is_installed()
-        async with crew.installed:
-            crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
-            crew.installed.notify_all()
+        await _install_next(actor, crew, config, flow, is_installed)
+
+
+async def _install_next(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, is_installed: Callable[[], None]) -> None:
+    """One version, or none if there is none for now. The references end with this call: while it waits for the next, nobody holds it."""
+    broadcaster = crew.broadcaster.actor
+    offer: Offer | None = await crew.broadcaster.call("newer_than", flow.installed, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+    if offer is None:
+        return
+    await crew.gate.passed(offer.version)
+    asked = time.perf_counter()
+    try:
+        report = await crew.transport.deliver(actor, offer, crew.learner.ranks)
+    except ObjectLostError as error:  # the broadcaster died, or the node that held the weights: the next one pulls them anew
+        await crew.broadcaster.replace(broadcaster, error)
+        return
+    if report is None:
+        return
+    await crew.note(Installed(holder=actor.name, version=report.version), config)
+    await flow.change(installed=report.version)
+    is_installed()
+    async with crew.installed:
+        crew.installs[actor.name] = replace(report, transfer_s=max(0.0, time.perf_counter() - asked - report.install_s))
+        crew.installed.notify_all()

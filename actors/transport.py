@@ -49,6 +49,10 @@ class Transport(Protocol):
         """
         ...
 
+    def forget(self, generator: RemoteActor, ranks: Sequence[RemoteActor]) -> None:
+        """Let go of what is kept for a generator that is gone, or about to go. It may be unknown; no delivery to it is under way."""
+        ...
+
 
 class ByReference:
     """Through Ray's object store."""
@@ -61,6 +65,9 @@ class ByReference:
     async def deliver(self, generator: RemoteActor, offer: Offer, ranks: Sequence[RemoteActor]) -> InstallReport | None:
         """See Transport."""
         return await generator.call("install", *offer.buckets, timeout_s=self._timeout_s)
+
+    def forget(self, generator: RemoteActor, ranks: Sequence[RemoteActor]) -> None:
+        """Nothing is kept."""
 
 
 class ByGroup:
@@ -88,11 +95,19 @@ class ByGroup:
                 try:
                     return await self._deliver(generator, offer, sender)
                 except BaseException:  # a cancelled delivery too: the other side must not wait for its deadline
-                    self._met.pop(generator.name, None)
-                    sender.start("give_up", generator.name, group=CONTROL_GROUP)
+                    self._give_up(generator, sender)
                     raise
         await asyncio.sleep(RETRY_S)
         return None
+
+    def forget(self, generator: RemoteActor, ranks: Sequence[RemoteActor]) -> None:
+        """Rank 0 ends the group that it has with it: a communicator each would stay for every one that ever took part."""
+        if generator.name in self._met:
+            self._give_up(generator, ranks[0])
+
+    def _give_up(self, generator: RemoteActor, sender: RemoteActor) -> None:
+        self._met.pop(generator.name, None)
+        sender.start("give_up", generator.name, group=CONTROL_GROUP)
 
     async def _deliver(self, generator: RemoteActor, offer: Offer, sender: RemoteActor) -> InstallReport:
         if self._met.get(generator.name) != sender.name:

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.remote import RemoteActor
 from actors.waiting import changed_before
-from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, LearnerLostError
+from async_rlhf.errors import ActorFailedError, ActorLostError, DeadlineError, LearnerLostError, ObjectLostError
 from async_rlhf.types import WeightsManifest, WeightsVersion
 
 KEPT_VERSIONS = 2
@@ -65,7 +65,7 @@ class WeightBroadcaster:
         Args:
             ranks: the learner; every rank takes part in a snapshot, rank 0 returns it.
         Raises:
-            LearnerLostError: a rank died, or did not answer in time.
+            LearnerLostError: a rank died, or did not answer in time, or a bucket is gone with the node that made it.
         """
         started = time.perf_counter()
         for old in sorted(self._versions)[: len(self._versions) + 1 - self._num_kept]:
@@ -74,7 +74,7 @@ class WeightBroadcaster:
         pulls = [rank.stream("snapshot", version, look=_facts_of, timeout_s=self._timeout_s) for rank in ranks]
         try:
             buckets = (await asyncio.gather(*pulls))[0]
-        except (ActorLostError, ActorFailedError, DeadlineError) as error:
+        except (ActorLostError, ActorFailedError, DeadlineError, ObjectLostError) as error:
             raise LearnerLostError(f"weights version {version} could not be pulled: {error}") from error
         manifest = WeightsManifest.of([of_bucket.manifest for _, of_bucket in buckets])
         async with self._changed:

@@ -105,6 +105,11 @@ class LearnerClient(Protocol):
         """Its actors now, by rank."""
         ...
 
+    @property
+    def lost(self) -> Exception | None:
+        """Why it has to start again, if one of the ranks was found dead; a learner that trains may say so itself before."""
+        ...
+
     def train_step(self, update: int, shards: Sequence[Any]) -> Awaitable[Sequence[StepReport]]:
         """Train one batch; shard i (a reference) goes to rank i. One report per rank."""
         ...

@@ -15,12 +15,15 @@ from actors.crew import UpdateRecord
 from actors.evaluator import Evaluator
 from actors.judging import Judging
 from actors.live_evaluation import LiveEvaluation
+from actors.remote import RemoteActor
 from actors.supervision import guarded
-from async_rlhf.errors import RewardError, RewardLostError
+from actors.transport import ByReference
+from actors.weight_broadcaster import Offer
+from async_rlhf.errors import LearnerLostError, ObjectLostError, RewardError, RewardLostError
 from async_rlhf.evaluation import Findings, Sample, expected_of
 from async_rlhf.opponents import Opponent
 from async_rlhf.run_plan import RunPlan
-from async_rlhf.types import Prompt, Rollout
+from async_rlhf.types import InstallReport, Prompt, Rollout
 from tests.actors.test_pipeline import FakeGenerator, FakeQueue, FakeScorer, Stage
 from tests.support.local_actors import LocalHandle, local_kill
 from tests.support.samples import make_rollout
@@ -338,13 +341,16 @@ def test_metric_that_fails_costs_its_evaluation_and_not_the_run(error: Exception
     run(story())
 
 
-def test_scorer_that_dies_over_an_evaluation_is_replaced_and_asked_again() -> None:
+@pytest.mark.parametrize("with_node", [False, True], ids=["before-it-answers", "with-its-node-and-the-answer"])
+def test_scorer_that_dies_over_an_evaluation_is_replaced_and_asked_again(with_node: bool) -> None:
     async def story() -> None:
         theatre, killed = Theatre(), []
 
         def fate(handle: LocalHandle, method: str, args: tuple[Any, ...], through: bool) -> None:
-            if method == "assess" and not through and not killed:
+            if method == "assess" and through is with_node and not killed:
                 killed.append(handle.name)
+                if with_node:
+                    raise ObjectLostError("the node of the answer died")
                 handle.die()
 
         theatre.stage.fate = fate
@@ -467,5 +473,43 @@ def test_start_is_shared_by_the_generators_and_the_part_of_one_that_dies_goes_to
         assert killed and [sample.completion for sample in findings.greedy.samples] == [str(index) for index in range(NUM_PROMPTS)]
         assert findings.versions == (0, 0) and findings.stage == "start"
         assert findings.sampled is not None and len(findings.sampled.samples) == NUM_PROMPTS
+
+    run(story())
+
+
+def test_start_outlives_the_answers_of_a_generator_that_are_gone_with_its_node() -> None:
+    async def story() -> None:
+        theatre, lost = Theatre(num_generators=2), []
+
+        def fate(handle: LocalHandle, method: str, args: tuple[Any, ...], through: bool) -> None:
+            if method == "evaluate" and through and handle.name.startswith("generator-1") and not lost:
+                lost.append(handle.name)
+                raise ObjectLostError("the node of the answers died")
+
+        theatre.stage.fate = fate
+        findings = await theatre.evaluate()
+
+        assert lost and [sample.completion for sample in findings.greedy.samples] == [str(index) for index in range(NUM_PROMPTS)]
+
+    run(story())
+
+
+def test_start_ends_with_the_learner_that_was_to_send_the_weights() -> None:
+    """It is evaluated again as soon as the learner is back; until then it would wait for nothing."""
+
+    class Withholding(ByReference):
+        by_sender = True
+
+        async def deliver(self, generator: RemoteActor, offer: Offer, ranks: Sequence[RemoteActor]) -> InstallReport | None:
+            await asyncio.sleep(0.01)
+            return None
+
+    async def story() -> None:
+        theatre = Theatre("timeouts.start_s=0.5", "timeouts.weights_s=0.5")
+        theatre.stage.crew.transport = Withholding(theatre.stage.config)
+        asyncio.get_running_loop().call_later(0.05, setattr, theatre.stage.learner, "lost", LearnerLostError("learner-0 is gone"))
+
+        with pytest.raises(LearnerLostError, match="learner-0 is gone"):
+            await theatre.evaluate()
 
     run(story())

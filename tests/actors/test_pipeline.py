@@ -1,6 +1,8 @@
 """The two loops of training around fakes: who is called in which order, how they end, and what happens when anybody dies."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from actors.generator import Collected
 from actors.generator_pool import GeneratorPool
 from actors.launch import ActorSpec
 from actors.pipeline import train
-from actors.remote import resolve, within
+from actors.remote import RemoteActor, resolve, within
 from actors.replay_queue import Booked, Fact, HolderGone, Installed, NextBatch, ReplayQueue, ScoringFailed, WithScorer
 from actors.roster import Roster
 from actors.supervision import Member, Supervisor, guarded
@@ -27,6 +29,7 @@ from async_rlhf.errors import (
     DeadlineError,
     EngineError,
     LearnerLostError,
+    ObjectLostError,
     RestartLimitError,
     RewardError,
     RewardLostError,
@@ -229,6 +232,7 @@ class FakeLearner:
         self.rank = LocalHandle("learner-0.0.0", lambda: self)
         self.ranks = [actors.pipeline.RemoteActor(self.rank, "learner-0.0.0")]
         self.error: Exception | None = None
+        self.lost: Exception | None = None
 
     async def train_step(self, update: int, shards: Sequence[Any]) -> Sequence[StepReport]:
         self.events.append(f"train {update} begins with {[await shard for shard in shards]}")
@@ -242,6 +246,19 @@ class FakeLearner:
     async def snapshot(self, version: int) -> list[Snapshot]:
         assert version == self.version, "a version is what the learner has trained, not what is asked for"
         return [Snapshot(version)]
+
+
+class Sending(ByReference):
+    """Stands for a transport from the learner; writes down whom it may forget."""
+
+    by_sender = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.forgotten: list[str] = []
+
+    def forget(self, generator: RemoteActor, ranks: Sequence[RemoteActor]) -> None:
+        self.forgotten.append(generator.name)
 
 
 Make = Callable[[str], Any]
@@ -584,6 +601,72 @@ def test_an_idle_generator_that_dies_is_noticed_and_replaced():
         await stage.until(lambda: "generator-0.0.1" in stage.crew.installs)
 
         assert A not in stage.crew.installs
+
+    run(story())
+
+
+def test_a_generator_whose_answer_is_gone_with_its_node_is_replaced():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=5)).begin()
+
+        def lose(handle: LocalHandle, method: str, args: tuple[Any, ...], through: bool) -> None:
+            if (handle.name, method, through) == (A, "collect", True):
+                raise ObjectLostError("the node of the summary died")
+
+        stage.fate = lose
+        await stage.until(lambda: stage.queue.done)
+
+        assert sorted(stage.queue.put_ids) == list(range(5))
+        assert [(entry["event"], entry["name"]) for entry in stage.incidents] == [("lost", "generator-0"), ("back", "generator-0")]
+
+    run(story())
+
+
+def test_the_transport_may_forget_a_generator_that_died_idle_and_one_that_left():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=0), num_generators=2).begin()
+        stage.crew.transport = transport = Sending(stage.config)
+
+        async def change() -> None:
+            while {A, B} - set(stage.crew.installs):
+                await asyncio.sleep(0.002)
+            assert transport.forgotten == []
+            stage.playing("generator-0").die()
+            while "generator-0.0.1" not in stage.crew.installs:
+                await asyncio.sleep(0.002)
+            await stage.pool.scale(1, lambda line: None)
+
+        await guarded(change(), *stage.others())
+
+        assert transport.forgotten == [A, B]
+
+    run(story())
+
+
+def test_nobody_here_holds_an_installed_version_while_its_generator_waits_for_the_next():
+    class References(list[Any]):
+        pass
+
+    offered: list[weakref.ref[References]] = []
+    held: list[int] = []
+
+    class Watched(WeightBroadcaster):
+        async def newer_than(self, version: int, wait_s: float) -> Offer | None:
+            gc.collect()
+            held.append(sum(references() is not None for references in offered))
+            offer = await super().newer_than(version, wait_s)
+            if offer is None:
+                return None
+            references = References(offer.buckets)
+            offered.append(weakref.ref(references))
+            return Offer(version=offer.version, buckets=references)
+
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_tickets=0), broadcaster=Watched).begin()
+
+        await stage.until(lambda: len(held) >= 4)
+
+        assert len(offered) == 1 and held[:4] == [0, 0, 0, 0]
 
     run(story())
 
@@ -996,6 +1079,39 @@ def test_a_learner_that_loses_a_rank_leaves_the_loop_and_nothing_is_booked_or_pu
             await stage.train()
 
         assert "broadcaster.publish" not in stage.events and "queue.trained" not in stage.events
+
+    run(story())
+
+
+def test_a_learner_that_dies_while_it_waits_for_a_batch_starts_again_where_the_weights_come_from_it():
+    """Nobody gets a version any more, so no batch would ever come."""
+
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_batches=0), FakeGenerator, (), "timeouts.batch_s=1", num_generators=0).begin()
+        stage.crew.transport = Sending(stage.config)
+        training = asyncio.create_task(stage.train())
+        while "queue.next_batch" not in stage.events:
+            await asyncio.sleep(0.002)
+
+        stage.learner.lost = LearnerLostError("learner-0 is gone")
+
+        with pytest.raises(LearnerLostError, match="learner-0 is gone"):
+            await training
+
+    run(story())
+
+
+def test_a_learner_that_dies_while_it_waits_for_a_batch_may_start_again_with_it_where_the_weights_are_elsewhere():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_batches=0), num_generators=0).begin()
+        stage.learner.lost = LearnerLostError("learner-0 is gone")
+        training = asyncio.create_task(stage.train())
+
+        while stage.events.count("queue.next_batch") < 3:
+            await asyncio.sleep(0.002)
+
+        stage.crew.stopping.set()
+        assert await training == 0
 
     run(story())
 

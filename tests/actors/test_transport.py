@@ -252,3 +252,36 @@ def test_a_new_incarnation_and_a_new_learner_meet_anew():
         assert [event for event in stage.events if event.startswith("open")] == ["open for 3"] * 2
 
     run(story())
+
+
+def test_a_generator_that_is_gone_between_two_deliveries_leaves_no_group_behind():
+    async def story() -> None:
+        stage = Stage()
+        _, leaver = stage.generator_of("generator-1.0.0")
+        await stage.deliver(0)
+        await stage.deliver(0, leaver)
+        stage.events.clear()
+
+        stage.transport.forget(leaver, [stage.rank])
+        stage.transport.forget(leaver, [stage.rank])
+        await stage.settle()
+        of_forgotten, stage.events = stage.events, []
+        await stage.deliver(0)
+        await stage.deliver(0, leaver)
+
+        assert of_forgotten == ["give up generator-1.0.0"], "once: it has no other"
+        assert [event for event in stage.events if event.startswith("open")] == ["open for 3"], "the other one has met"
+
+    run(story())
+
+
+def test_a_generator_that_met_nobody_is_forgotten_without_a_word():
+    async def story() -> None:
+        stage = Stage()
+
+        stage.transport.forget(stage.actor, [stage.rank])
+        await stage.settle()
+
+        assert stage.events == []
+
+    run(story())

@@ -11,7 +11,7 @@ import pytest
 
 from actors.remote import RemoteActor
 from actors.weight_broadcaster import Offer, WeightBroadcaster
-from async_rlhf.errors import EngineError, LearnerLostError
+from async_rlhf.errors import EngineError, LearnerLostError, ObjectLostError
 from async_rlhf.types import WeightsManifest
 from tests.support.local_actors import LocalHandle
 
@@ -258,6 +258,18 @@ def test_a_snapshot_that_fails_by_an_error_nobody_expected_loses_the_learner():
         stage.ranks[1].error = ValueError("collective call failed")
 
         with pytest.raises(LearnerLostError, match="collective call failed"):
+            await stage.publish(0)
+        assert await stage.offered(-1) is None
+
+    run(story())
+
+
+def test_a_bucket_that_is_gone_with_the_node_that_made_it_loses_the_learner():
+    async def story() -> None:
+        stage = Stage()
+        stage.ranks[0].error = ObjectLostError("the node of the second bucket died")
+
+        with pytest.raises(LearnerLostError, match="version 0 could not be pulled: the node of the second bucket died"):
             await stage.publish(0)
         assert await stage.offered(-1) is None
 

@@ -35,7 +35,7 @@ def cluster() -> Iterator[Cluster]:
 
 def test_versions_sent_from_gpu_to_gpu_are_installed_and_the_canary_sings(cluster: Cluster, tmp_path: Path) -> None:
     folder = str(make_model_folder(tmp_path / "model"))
-    rank = cluster.start(ActorSpec(name="learner-0.0.0", cls=SendingRank, args=(CONFIG, folder, 0), num_gpus=1))
+    rank = cluster.start(ActorSpec(name="learner-0.0.0", cls=SendingRank, args=(CONFIG, folder, 0), num_gpus=1, sends_weights=True))
     generator = cluster.start(
         ActorSpec(name="generator-0.0.0", cls=ReceivingGenerator, args=(CONFIG, folder, "generator-0.0.0"), num_gpus=1, max_concurrency=8)
     )
