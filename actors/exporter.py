@@ -19,6 +19,7 @@ from actors.launch import Cluster
 from actors.meters import Reading
 from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, rates
 from async_rlhf.config import Config
+from async_rlhf.dispensable import Dispensable
 from async_rlhf.exported import DROP_REASONS, EXPORTED, MAX_LABELLED, PREFIX, REFUSAL_REASONS, name_of, row_keys
 
 HEARTBEAT_S = 5.0
@@ -74,7 +75,7 @@ def metrics_address(cluster: Cluster) -> str:
 
 
 class Exporter:
-    """Of one run."""
+    """Of one run: see keep_beating."""
 
     def __init__(self, crew: Crew, config: Config, instruments: Instruments) -> None:
         self._crew = crew
@@ -88,12 +89,6 @@ class Exporter:
         self._row = row
         for staleness in record.summary.staleness:
             self._instruments.observe(PREFIX + "staleness_updates", staleness)
-
-    async def keep(self) -> None:
-        """Set everything at every heartbeat, for ever."""
-        while True:
-            self.beat(time.monotonic())
-            await asyncio.sleep(HEARTBEAT_S)
 
     def beat(self, now: float) -> None:
         """Set everything.
@@ -167,3 +162,10 @@ class Exporter:
                 yield PREFIX + "generator_kv_use_share", labels, usage.occupancy.kv_use_share
             yield PREFIX + "generator_policy_version", labels, report.version
             yield PREFIX + "generator_install_s", labels, report.install_s
+
+
+async def keep_beating(exporter: Dispensable[Exporter]) -> None:
+    """Set everything at every heartbeat, until that fails."""
+    while exporter.works:
+        exporter.do(lambda made: made.beat(time.monotonic()))
+        await asyncio.sleep(HEARTBEAT_S)

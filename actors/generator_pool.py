@@ -43,15 +43,12 @@ class Rooms(Protocol):
 
     async def reserve_more(self, spec: ActorSpec, timeout_s: float) -> None:
         """Room for one more, or NoRoomError."""
-        ...
 
     def release(self, place: str) -> None:
         """Give the room of a place back."""
-        ...
 
     async def placed(self, spec: ActorSpec, timeout_s: float | None = None) -> None:
         """Wait until a reserved place is on a living node, or NoRoomError; Ray looks for another node by itself."""
-        ...
 
 
 class GeneratorPool:
@@ -134,10 +131,13 @@ class GeneratorPool:
 
     async def _reserve(self, specs: Sequence[ActorSpec]) -> None:
         """Room for all of them, or for none."""
-        limit_s = self._config.timeouts.place_s
+        limits = self._config.timeouts
         try:
             for spec in specs:
-                await self._rooms.reserve_more(spec, limit_s if self._config.run.autoscale else min(limit_s, ROOM_S))
+                limit_s = limits.place_s if self._config.run.autoscale else min(limits.place_s, ROOM_S)
+                if any(seat.leaving.is_set() for seat in self._crew.roster):  # it gives its room back
+                    limit_s = max(limit_s, limits.leave_s + ROOM_S)
+                await self._rooms.reserve_more(spec, limit_s)
         except BaseException:
             for spec in specs:
                 self._rooms.release(spec.place)
@@ -251,6 +251,7 @@ class GeneratorPool:
                 self._report("no_room", seat.member.name)
                 while not await self._has_room(spec, self._config.supervision.ping_s):
                     self._check_room(seat)
+            self._deserted_since = None
             roster.turn(seat, Phase.RESTARTING)
             with suppress(NoRoomError):  # lost again just now
                 seat.member.cast(await self._crew.supervisor.begin(spec))
@@ -268,10 +269,8 @@ class GeneratorPool:
         if seat.joins and not seat.arrived.is_set():
             raise NoRoomError(f"{seat.member.name} has lost its room before it was at work, and the cluster has no other")
         now, limit_s = time.monotonic(), self._config.timeouts.batch_s
-        if self._crew.roster.members:
-            self._deserted_since = None
-        elif self._deserted_since is None:
-            self._deserted_since = now
+        if self._crew.roster.members or self._deserted_since is None:
+            self._deserted_since = None if self._crew.roster.members else now
         elif now - self._deserted_since > limit_s:
             raise NoRoomError(
                 f"no generator is left, and for {limit_s:g} s (timeouts.batch_s) the cluster had no room for one; add nodes and resume"

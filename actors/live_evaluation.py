@@ -72,8 +72,7 @@ class LiveEvaluation:
         task, self._task = self._task, None
         if task is not None and not task.done():
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task})  # awaiting the task itself would not tell its cancellation from ours
             self._listener.evaluation_dropped(self._version, reason, reason.replace("_", " "))
 
     async def _evaluate(self, version: int) -> None:
@@ -140,6 +139,8 @@ class LiveEvaluation:
                 if generator not in self._crew.generators:
                     pending.append(part)
                     return
+                if isinstance(error, DeadlineError):  # alive, and slow
+                    raise
                 raise ActorLostError(f"{actor.name} was lost over it: {first_line(error)}") from error
             keep(dict(zip(part, rollouts, strict=True)))
 

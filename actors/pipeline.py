@@ -155,7 +155,8 @@ async def _next_batch(update: int, crew: Crew, config: Config) -> BatchSummary |
         crew.counters = answer.counters
         if answer.summary is not None or answer.closed:
             return answer.summary
-        waited_s += time.monotonic() - asked
+        if crew.roster.members or not [*crew.roster]:  # while all are lost or on their way the generator pool's deadlines count
+            waited_s += time.monotonic() - asked
         if waited_s >= config.timeouts.batch_s:
             groups = answer.counters
             raise DeadlineError(

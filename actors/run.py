@@ -11,7 +11,7 @@ from actors.cast import Cast
 from actors.checkpointer import Checkpointer
 from actors.crew import Crew, UpdateRecord
 from actors.evaluator import Evaluator
-from actors.exporter import Exporter, RayInstruments
+from actors.exporter import Exporter, RayInstruments, keep_beating
 from actors.generator_pool import GeneratorPool
 from actors.judging import Judging
 from actors.launch import Cluster
@@ -22,6 +22,7 @@ from actors.replay_queue import Undone
 from actors.scaling import heed
 from actors.supervision import Supervisor, guarded
 from async_rlhf.checkpoints import discard, folders, newest
+from async_rlhf.dispensable import Dispensable
 from async_rlhf.errors import ActorLostError, AsyncRLHFError, LearnerLostError, RewardError, RunError
 from async_rlhf.evaluation import Findings
 from async_rlhf.evaluation_log import read_evaluations
@@ -105,14 +106,14 @@ class Run:
     async def execute(self) -> None:
         """Run to the end, or to the checkpoint at which it stops when asked to; the caller closes the cluster, whatever happens here."""
         crew, version = await self._start()
-        exporter = Exporter(crew, self._config, RayInstruments(self._plan.run_id))
+        exporter = Dispensable("metrics for Prometheus", lambda: Exporter(crew, self._config, RayInstruments(self._plan.run_id)))
         keepers = [member.keep() for member in (*self._cast.scorers, *self._cast.rewards, crew.queue, crew.broadcaster, self._cast.state)]
         self._pool = GeneratorPool(crew, self._config, self._cluster, self._cast.generator)
         pool = (self._pool.work(), heed(self._plan.run_folder, self._pool, self._config, self._observer.stage), self._tell_changes(crew))
         main = asyncio.ensure_future(self._train(crew, version, exporter))
         main.set_name("train")
         try:
-            await guarded(main, *pool, *keepers, self._learner.watch(), self._cluster.watch_head(), exporter.keep())
+            await guarded(main, *pool, *keepers, self._learner.watch(), self._cluster.watch_head(), keep_beating(exporter))
         except RewardError:
             await self._count_groups(crew)
             raise
@@ -138,11 +139,12 @@ class Run:
         await crew.publish(version, config)
         return crew, version
 
-    async def _train(self, crew: Crew, version: int, exporter: Exporter) -> None:
+    async def _train(self, crew: Crew, version: int, exporter: Dispensable[Exporter]) -> None:
         evaluator, live = await self._evaluators(crew)
 
         async def on_update(record: UpdateRecord) -> None:
-            exporter.update(record, await self._on_update(crew, live, record))
+            row = await self._on_update(crew, live, record)
+            exporter.do(lambda made: made.update(record, row))
 
         try:
             while True:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +27,7 @@ async def heed(folder: Path, pool: Pool, config: Config, warn: Say) -> None:
     """Do what the newest wish in the run folder asks for, for ever; a newer one overtakes it.
 
     Args:
-        warn: told of a file that holds no wish.
+        warn: told of a file that holds no wish, and of an answer that could not be written.
     """
     heeded, warned = _heeded_before(folder), ""
     work: asyncio.Task[None] | None = None
@@ -44,7 +43,7 @@ async def heed(folder: Path, pool: Pool, config: Config, warn: Say) -> None:
             if wish is not None and wish.wish_id != heeded:
                 await _end(work)
                 heeded = wish.wish_id
-                work = asyncio.create_task(_fulfil(folder, wish, pool, config), name="scale")
+                work = asyncio.create_task(_fulfil(folder, wish, pool, config, warn), name="scale")
             if work is not None and work.done():
                 work = work.result()  # only what nobody expected is raised here, and ends the run
             await asyncio.sleep(min(LOOK_S, config.supervision.ping_s))
@@ -52,12 +51,15 @@ async def heed(folder: Path, pool: Pool, config: Config, warn: Say) -> None:
         await _end(work)
 
 
-async def _fulfil(folder: Path, wish: Wish, pool: Pool, config: Config) -> None:
+async def _fulfil(folder: Path, wish: Wish, pool: Pool, config: Config, warn: Say) -> None:
     began, before, lines = time.monotonic(), pool.count, list[str]()
 
     def answer(outcome: Outcome, line: str) -> None:
         lines.append(line)
-        write_answer(folder, Answer(wish_id=wish.wish_id, outcome=outcome, generators=pool.count, lines=tuple(lines)))
+        try:
+            write_answer(folder, Answer(wish_id=wish.wish_id, outcome=outcome, generators=pool.count, lines=tuple(lines)))
+        except OSError as error:  # the storage may be gone for a moment, and training needs no answer
+            warn(f"nobody was told `{line}`: {error}")
 
     def result(how: str) -> str:
         return f"generators {before} -> {pool.count} {how}"
@@ -80,10 +82,12 @@ async def _fulfil(folder: Path, wish: Wish, pool: Pool, config: Config) -> None:
 
 
 async def _end(work: "asyncio.Task[None] | None") -> None:
+    """Cancel it, and wait for its end; `await work` would not tell its cancellation from ours."""
     if work is not None:
         work.cancel()
-        with suppress(asyncio.CancelledError):
-            await work
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.result()
 
 
 def _heeded_before(folder: Path) -> str:

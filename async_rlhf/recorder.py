@@ -18,12 +18,13 @@ export/          what `async-rlhf export` wrote, by version
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from async_rlhf.config import Config, to_yaml
+from async_rlhf.dispensable import Dispensable
 from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Findings
 from async_rlhf.evaluation_log import EvaluationLog
@@ -162,44 +163,48 @@ class TensorBoard:
 
 
 class Recorder:
-    """Writes a run's rows to all sinks, and its evaluations."""
+    """Writes a run's rows to all sinks, and its evaluations. JSON lines it cannot do without; any other sink may fail."""
 
-    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, folder: Path, sinks: Mapping[str, Callable[[], Sink]] | None = None) -> None:
         """
         Args:
-            sinks: beside JSON lines and TensorBoard.
+            sinks: name for people -> makes it; beside JSON lines and TensorBoard.
         """
         self.folder = folder
-        self._sinks: Sequence[Sink] = (JsonLines(folder), TensorBoard(folder), *sinks)
+        self._lines = JsonLines(folder)
+        makers: Mapping[str, Callable[[], Sink]] = {"TensorBoard": lambda: TensorBoard(folder), **(sinks or {})}
+        self._others = [Dispensable(name, make) for name, make in makers.items()]
         self._evaluations = EvaluationLog(folder)
 
     def write(self, row: Mapping[str, float]) -> None:
         """One update's row."""
-        for sink in self._sinks:
-            sink.update(row)
+        self._tell(lambda sink: sink.update(row))
 
     def write_evaluation(self, findings: Findings) -> Mapping[str, Any]:
         """Write an evaluation; returns its row."""
         row = self._evaluations.write(findings)
-        for sink in self._sinks:
-            sink.evaluation(row)
+        self._tell(lambda sink: sink.evaluation(row))
         return row
 
     def write_incident(self, entry: Mapping[str, Any]) -> None:
         """An actor was lost, or is back."""
-        for sink in self._sinks:
-            sink.incident(entry)
+        self._tell(lambda sink: sink.incident(entry))
 
     def cut_after(self, version: int) -> None:
         """Take back the rows, and evaluations, after `version`: their updates will be trained again."""
-        for sink in self._sinks:
-            sink.cut_after(version)
+        self._tell(lambda sink: sink.cut_after(version))
         self._evaluations.cut_after(version)
 
     def close(self) -> None:
         """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+        self._lines.close()
+        for other in self._others:
+            other.end(lambda sink: sink.close())
+
+    def _tell(self, act: Callable[[Sink], object]) -> None:
+        act(self._lines)
+        for other in self._others:
+            other.do(act)
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:

@@ -54,8 +54,8 @@ def draw_curves(curves: Sequence[Curve], rows: Sequence[Row], bound: int | None)
 
 
 def running_mean(values: Values, window: int) -> Values:
-    """Mean over the last `window` values at each place; what is not finite counts for nothing."""
-    known = np.isfinite(values)
+    """Mean over the last `window` values at each place; what cannot be drawn counts for nothing."""
+    known = np.abs(values) <= DRAWABLE
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     last = np.arange(1, len(values) + 1)

@@ -17,6 +17,8 @@ MIN_UPDATES = 3
 UNUSUAL_SHARE = 0.5
 """Of a median update, spent on nothing that the stages do, beyond what is usual: a checkpoint, or a learner that began anew."""
 PUSH = ("train/take_s", "weights/export_s")
+MAX_UPDATE_S = 1e9
+"""Of an update: a file that says more was not written by a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ def settled(rows: Sequence[Row]) -> list[tuple[float, Row]]:
         seconds = _number(row, "time_s") - _number(before, "time_s")
         follows = _number(row, "version") == _number(before, "version") + 1 > SETTLED_VERSION
         known = all(math.isfinite(_number(row, key)) for key in ("queue/wait_s", "train/step_s", "generate/idle_share"))
-        if follows and before.get("session") == row.get("session") and 0 < seconds < math.inf and known:
+        if follows and before.get("session") == row.get("session") and 0 < seconds < MAX_UPDATE_S and known:
             spans.append((seconds, row))
             lost.append(before.get("supervision/restarts") != row.get("supervision/restarts"))
     if not spans:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 10_000
 """Lines that wait for a writer that is stuck; later ones are dropped, and counted."""
+TOLD = ("event", "name", "time")
+"""Of an incident."""
 
 
 def check_wandb(config: Config) -> None:
@@ -57,6 +59,7 @@ class WandbSink:
         """
         settings, self._folder = config.run.wandb, folder / "wandb"
         self._folder.mkdir(exist_ok=True)
+        run_id = self._run_id()
         self._close_s = settings.close_s
         self._num_dropped = 0
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_QUEUED)
@@ -75,7 +78,7 @@ class WandbSink:
         self._thread.start()
         self._put(
             {
-                "id": self._run_id(),
+                "id": run_id,
                 "name": folder.name,
                 "project": settings.project,
                 "entity": settings.entity,
@@ -94,8 +97,8 @@ class WandbSink:
         self._put({"row": {key: value for key, value in row.items() if "/" in key or key == "version"}})
 
     def incident(self, entry: Mapping[str, Any]) -> None:
-        """The newest one, and their number, in the run's summary."""
-        self._put({"incident": dict(entry)})
+        """The newest one, and their number, in the run's summary. Causes stay here: they may name machines and paths, or quote a reward."""
+        self._put({"incident": {key: entry[key] for key in TOLD if key in entry}})
 
     def cut_after(self, version: int) -> None:
         """What is there cannot be taken back: the versions come once more, and a chart by version shows both."""

@@ -9,6 +9,7 @@ tokens^2 / sequences, its least value.
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +17,23 @@ from transformers import PreTrainedModel
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
+    "GH200": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "A10G": 70.0,
     "A10": 125.0,
     "RTX 4090": 165.0,
 }
-"""Dense bfloat16, by a part of the device's name; the first that fits. From the makers' data sheets."""
+"""Dense bfloat16, by whole words of the device's name; the first that fits. From the makers' data sheets."""
+LESSER = ("MIG", "Laptop")
+"""Words in the name of a device that is less than the one it is named after."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,14 @@ def peak_flops(device_name: str, setting_tflops: float) -> float | None:
     """FLOP/s of one device: the setting, else by its name; None: unknown."""
     if setting_tflops:
         return setting_tflops * 1e12
-    known = (peak for name, peak in PEAK_TFLOPS.items() if name in device_name)
+    if any(_says(device_name, word) for word in LESSER):
+        return None
+    known = (peak for name, peak in PEAK_TFLOPS.items() if _says(device_name, name))
     return next((peak * 1e12 for peak in known), None)
+
+
+def _says(device_name: str, words: str) -> bool:
+    return re.search(rf"\b{re.escape(words)}\b", device_name) is not None
 
 
 def device_name() -> str:

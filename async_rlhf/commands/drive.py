@@ -8,13 +8,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from async_rlhf.commands.guard import ECHO_S, HEARTBEAT, guard_is_gone, is_guarded
+from async_rlhf.commands.guard import ECHO_S, beat_s, beating, guard_is_gone, is_guarded, show_life
 from async_rlhf.commands.signals import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -65,8 +65,9 @@ def drive(plan: RunPlan, console: Console) -> int:
 
 def _recorder(plan: RunPlan) -> Recorder:
     """JSON lines and TensorBoard, and what the config asks for beside them."""
-    config = plan.config
-    return Recorder(plan.run_folder, [] if config.run.wandb.mode == "off" else [WandbSink(plan.run_folder, without_secrets(config))])
+    config, folder = plan.config, plan.run_folder
+    sinks = {"Weights & Biases": lambda: WandbSink(folder, without_secrets(config))}
+    return Recorder(folder, {} if config.run.wandb.mode == "off" else sinks)
 
 
 class _Watcher:
@@ -120,10 +121,13 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     write_atomically(folder / "state.json", accounts.state("starting").to_json())
     end = (EXIT_OK, "")
     try:
-        with on_ray(plan.config, plan.run_id, watcher.stage, logs=folder / "logs") as cluster:
-            _write_ray_address(folder, cluster.address, cluster.namespace)
-            sample_opponent(plan.config, folder, watcher.stage)
-            _run(plan, cluster, accounts, watcher)
+        with ExitStack() as ending:
+            with beating(folder, plan.config.supervision):  # until the run's own loop does
+                cluster = ending.enter_context(on_ray(plan.config, plan.run_id, watcher.stage, logs=folder / "logs"))
+                _write_ray_address(folder, cluster.address, cluster.namespace)
+                sample_opponent(plan.config, folder, watcher.stage)
+                run = _make_run(plan, cluster, accounts, watcher)
+            asyncio.run(_with_signals(run, plan))
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # the run's boundary: whatever happened, the folder tells it
         end = end_of(error)
         if end[0] in (EXIT_FAILED, EXIT_BAD_INPUT):
@@ -134,7 +138,7 @@ def _execute(plan: RunPlan, watcher: _Watcher) -> tuple[int, dict[str, object]]:
     return end[0], {**summary, "evaluations_dropped": dict(watcher.evaluations_dropped), "verdict": watcher.verdict or None}
 
 
-def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> None:
+def _make_run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watcher) -> "Run":
     from actors.exporter import metrics_address
     from actors.learner_crew import LearnerParts
     from actors.run import Run
@@ -144,8 +148,7 @@ def _run(plan: RunPlan, cluster: "Cluster", accounts: "Accounts", watcher: _Watc
 
     write_targets(plan.run_folder, metrics_address(cluster))
     rank_class = SendingRank if plan.config.weights.by_group else LearnerRank
-    run = Run(plan, cluster, LearnerParts(rank_class=rank_class, make_group=LearnerGroup), watcher, accounts)
-    asyncio.run(_with_signals(run, plan))
+    return Run(plan, cluster, LearnerParts(rank_class=rank_class, make_group=LearnerGroup), watcher, accounts)
 
 
 def _who_waits() -> str:
@@ -202,10 +205,10 @@ async def _with_signals(run: "Run", plan: RunPlan) -> None:
 async def _beat(plan: RunPlan, run: "Run") -> None:
     """Show that this process lives, and stop the run when its guard does not."""
     while True:
-        (plan.run_folder / HEARTBEAT).touch()
+        show_life(plan.run_folder)
         if guard_is_gone():
             run.stop()
-        await asyncio.sleep(plan.config.supervision.ping_s)
+        await asyncio.sleep(beat_s(plan.config.supervision))
 
 
 def _write_ray_address(folder: Path, address: str, namespace: str) -> None:

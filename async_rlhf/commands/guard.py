@@ -10,7 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +25,10 @@ GUARD_PID = "ASYNC_RLHF_GUARD_PID"
 """Environment variable: tells a driver that it is guarded, and by whom. It stops when that process is gone."""
 
 HEARTBEAT = "heartbeat"
-"""File in the run folder that a driver touches every `supervision.ping_s`."""
+"""File in the run folder that a driver touches every `supervision.ping_s`, or more often."""
+
+MAX_BEAT_S = 20.0
+"""Seconds between two touches at most: who looks at a run takes a driver for gone after a minute."""
 
 POLL_S = 0.5
 
@@ -45,6 +51,35 @@ def guard(folder: Path, settings: SupervisionConfig, console: Console) -> int:
         then = "starting it again" if left else "no restart is left (supervision.driver_restarts)"
         console.print(f"the driver ended by {what}: {then}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return 1
+
+
+def beat_s(settings: SupervisionConfig) -> float:
+    """Seconds between two signs of life of a driver."""
+    return min(settings.ping_s, MAX_BEAT_S)
+
+
+def show_life(folder: Path) -> None:
+    """Show that this driver lives."""
+    (folder / HEARTBEAT).touch()
+
+
+@contextmanager
+def beating(folder: Path, settings: SupervisionConfig) -> Generator[None]:
+    """Inside, a thread shows that this process lives: where the work may hold its own loop up, or there is none."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        show_life(folder)
+        while not ended.wait(beat_s(settings)):
+            show_life(folder)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def is_guarded() -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     if changed:
         keep_config(folder, session)
     write_atomically(folder / "config.yaml", to_yaml(without_secrets(config)))
-    if scaled_count(folder) != config.generator.count:
-        forget_wishes(folder)  # or a wish of before would overrule what was asked for just now
+    settle_wishes(folder, config.generator.count, console)
     plan = RunPlan(
         config=config,
         run_folder=folder,
@@ -104,6 +104,17 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
         evaluate_start=not (folder / "samples.json").is_file(),
     )
     return drive(plan, console)
+
+
+def settle_wishes(folder: Path, count: int, console: Console) -> None:
+    """Forget the wishes of before unless `count` is what they led to: they would overrule what was asked for just now."""
+    try:
+        settled = scaled_count(folder) == count
+    except ConfigError as error:  # a restart by the guard, or by the cluster, has nobody who could mend the file
+        settled = False
+        _say(console, f"warning: {error}; going on without it, with generator.count={count}")
+    if not settled:
+        forget_wishes(folder)
 
 
 def check_journal(folder: Path, checkpoint: Checkpoint | None) -> None:
@@ -135,7 +146,7 @@ def resumed_configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]
     """The run's config as it was, and as it shall be: with the number of generators that it was scaled to, unless the words name one.
 
     Raises:
-        ConfigError: no run, or words that cannot be. Nonsense in the files of a wish.
+        ConfigError: no run, or words that cannot be.
     """
     files, overrides = split_arguments(list(words))
     own = folder / "config.yaml"
@@ -143,8 +154,9 @@ def resumed_configs(folder: Path, words: Sequence[str]) -> tuple[Config, Config]
         raise ConfigError(f"{folder} is no run folder: it has no config.yaml; give the folder that `train` printed")
     before, config = load_config([own]).config, load_config([own, *files], overrides).config
     asked = config.generator.count != before.generator.count or any(word.startswith("generator.count=") for word in overrides)
-    if not asked and (count := scaled_count(folder)):
-        config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, count=count))
+    with suppress(ConfigError):  # settle_wishes warns of files that hold nonsense
+        if not asked and (count := scaled_count(folder)):
+            config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, count=count))
     hidden = [name for name, value in config.env.items() if value == HIDDEN]
     if hidden:
         raise ConfigError(

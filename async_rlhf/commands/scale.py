@@ -9,7 +9,7 @@ from rich.console import Console
 from async_rlhf.commands.guard import HEARTBEAT
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import ConfigError, DeadlineError, RunError
-from async_rlhf.scaling import WANTED_FILE, Answer, Wish, make_wish, read_answer, write_wish
+from async_rlhf.scaling import WANTED_FILE, Answer, Wish, make_wish, read_answer, read_wish, write_wish
 from async_rlhf.state import LIVE_PHASES, STATE_FILE, read_state
 
 POLL_S = 0.5
@@ -41,7 +41,7 @@ def _follow(folder: Path, wish: Wish, timeout_s: float, config: Config, console:
     """Print each line of the answer as it comes, until the last one."""
     told, ends = 0, time.monotonic() + timeout_s
     while time.monotonic() < ends:
-        answer = _answer(folder, wish)
+        newest, answer = read_wish(folder), _answer(folder, wish)
         if answer is not None:
             last = answer.outcome != "working"
             for line in answer.lines[told : len(answer.lines) - last]:
@@ -52,6 +52,11 @@ def _follow(folder: Path, wish: Wish, timeout_s: float, config: Config, console:
             if last:
                 console.print(*answer.lines[-1:], style="bold green", markup=False, highlight=False, soft_wrap=True)
                 return
+        if newest is not None and newest.wish_id != wish.wish_id:
+            raise RunError(
+                f"overtaken by another wish, for {newest.generators} generator(s), before the run was through with this; "
+                f"see async-rlhf status {folder}"
+            )
         if (phase := read_state(folder).phase) not in LIVE_PHASES:
             raise RunError(f"the run is {phase} now, before it was through with this; {_instead(folder, wish)}")
         _check_life(folder, config, wish)
@@ -73,10 +78,12 @@ def _check_life(folder: Path, config: Config, wish: Wish) -> None:
     A sign's age is measured by the clock of the storage: this machine's may be another one.
     """
     signs = [folder / HEARTBEAT, folder / STATE_FILE]
-    probe = folder / f".{WANTED_FILE}.clock"
-    probe.touch()
-    silent_s = probe.stat().st_mtime - max((sign.stat().st_mtime for sign in signs if sign.is_file()), default=0.0)
-    probe.unlink()
+    probe = folder / f".{WANTED_FILE}.clock-{wish.wish_id}"
+    try:
+        probe.touch()
+        silent_s = probe.stat().st_mtime - max((sign.stat().st_mtime for sign in signs if sign.is_file()), default=0.0)
+    finally:
+        probe.unlink(missing_ok=True)
     limit_s = config.supervision.silence_s + config.supervision.ping_s
     if silent_s > limit_s:
         (folder / WANTED_FILE).unlink(missing_ok=True)

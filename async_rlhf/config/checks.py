@@ -61,7 +61,7 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float, dict[
 
 def _check_range(key: str, value: float, limits: dict[str, float]) -> None:
     expected = " and ".join(f"{_LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
-    inside = math.isfinite(value) and all(_LIMITS[name][1](value, limit) for name, limit in limits.items())
+    inside = (isinstance(value, int) or math.isfinite(value)) and all(_LIMITS[name][1](value, limit) for name, limit in limits.items())
     if not inside:
         raise ConfigError(f"{key} must be {expected}, got {value}{_ZERO_MEANS.get(key, '')}")
 

@@ -1,6 +1,6 @@
 """The way through the house in numbers: what moves along each arrow, how full the queue is, and who idles."""
 
-from async_rlhf.dashboard.reading import Fields, count, fields
+from async_rlhf.dashboard.reading import Fields, count, fields, number
 from async_rlhf.dashboard.settings import Settings, setting
 from async_rlhf.dashboard.table import VERSION, Table
 
@@ -42,6 +42,7 @@ def flow(table: Table, settings: Settings, state: Fields) -> dict[str, object]:
     groups = setting(settings, "batch_groups", 0.0)
     queue = fields(state.get("queue"))
     staleness = setting(settings, "max_staleness", -1.0)
+    bound = number((staleness + 1) * groups) if staleness >= 0 else None
     sampled_per_s, scored_per_s = (table.tail_mean(f"{stage}/groups_per_s", num_rows) for stage in ("generate", "score"))
     return {
         "window_s": window_s,
@@ -55,7 +56,7 @@ def flow(table: Table, settings: Settings, state: Fields) -> dict[str, object]:
         "queue": {
             **{place: count(queue.get(place)) for place in ("leased", "scoring", "waiting", "taken", "trained")},
             "known": bool(queue),
-            "bound": int((staleness + 1) * groups) if staleness >= 0 and groups else None,
+            "bound": int(bound) if bound else None,
             "batch_groups": int(groups) or None,
         },
         "generators": round(table.tail_mean("generate/generators", 1) or setting(settings, "generator.count", 1)),

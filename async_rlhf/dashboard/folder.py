@@ -18,7 +18,7 @@ MAX_INCIDENTS = 200
 """The newest are kept."""
 MAX_EVALUATIONS = 5000
 SILENT_AFTER_S = 60.0
-"""A driver touches its heartbeat more often than that, and writes its state at each update."""
+"""A driver touches its heartbeat at least three times as often (commands/guard.py), and writes its state at each update."""
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 SIGNS_OF_LIFE = ("heartbeat", STATE_FILE, "metrics.jsonl", "LOCK", CONFIG)
 

@@ -95,7 +95,7 @@ def stamp(folder: Path, name: str) -> tuple[int, int, int]:
 
 
 class Tail:
-    """The objects in a growing file of JSON lines, each handed out once.
+    """The objects in a growing file of JSON lines, each handed out once; lines that hold none are passed over.
 
     A last line without its end is not there yet. When the file was replaced or is no longer what it was up to the place reached (a
     restarted learner takes rows back), reading begins anew.
@@ -107,8 +107,6 @@ class Tail:
         self._inode = 0
         self._offset = 0
         self._anchor = b""
-        self.skipped = 0
-        """Lines that hold no JSON object."""
 
     def read(self) -> tuple[list[Fields], bool]:
         """The objects that came since the last call, and whether they are all there is (reading began anew)."""
@@ -127,7 +125,7 @@ class Tail:
         return self._take(chunk), anew
 
     def _begin(self, inode: int) -> None:
-        self._inode, self._offset, self._anchor, self.skipped = inode, 0, b"", 0
+        self._inode, self._offset, self._anchor = inode, 0, b""
 
     def _goes_on(self, seek: Any, read: Any) -> bool:
         seek(self._offset - len(self._anchor))
@@ -148,6 +146,4 @@ class Tail:
             row = parse(line) if len(line) <= MAX_LINE_BYTES else None
             if isinstance(row, dict):
                 found.append(cast(Fields, row))
-            else:
-                self.skipped += 1
         return found

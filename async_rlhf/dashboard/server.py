@@ -6,9 +6,10 @@ is ever made into a path.
 """
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import math
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -89,7 +90,20 @@ def make_app(catalogue: Catalogue) -> "LocalOnly":
 
 def _json(content: object) -> Response:
     # ASCII alone: a lone surrogate from a damaged file has no UTF-8.
-    return Response(json.dumps(content, allow_nan=False), media_type="application/json")
+    try:
+        written = json.dumps(content, allow_nan=False)
+    except ValueError:  # numbers of a damaged file, or a hostile one, whose sum or quotient is none
+        written = json.dumps(_finite(content), allow_nan=False)
+    return Response(written, media_type="application/json")
+
+
+def _finite(content: object) -> object:
+    """JSON has no infinity: None in its place, as where a value is absent."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in cast("Mapping[str, object]", content).items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in cast("Sequence[object]", content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class LocalOnly:

@@ -63,10 +63,10 @@ class Table:
         return number(column[index]) if 0 <= index < len(column) else None
 
     def tail_mean(self, key: str, num_rows: int) -> float | None:
-        """Mean over the last rows that have the value; None: none has."""
+        """Mean over the last rows that have the value; None: none has, or it is beyond all numbers."""
         column = self._columns.get(key, array("d"))[max(0, len(self) - num_rows) :]
         known = [value for value in column if math.isfinite(value)]
-        return sum(known) / len(known) if known else None
+        return number(sum(known) / len(known)) if known else None
 
     def rows(self, num_rows: int) -> list[dict[str, float]]:
         """The last rows, with the values that each has."""

@@ -13,6 +13,7 @@ import actors.live_evaluation
 import actors.pipeline
 from actors.crew import UpdateRecord
 from actors.evaluator import Evaluator
+from actors.gate import InstallGate
 from actors.judging import Judging
 from actors.live_evaluation import LiveEvaluation
 from actors.remote import RemoteActor
@@ -273,6 +274,48 @@ def test_evaluation_is_dropped_when_its_generator_dies_and_training_goes_on() ->
         assert theatre.listener.dropped == [(2, "actor_lost")] and killed[0] in theatre.listener.texts[0]
         assert [findings.version for findings in theatre.listener.found] == [4]
         assert theatre.stage.cluster.started.count("generator-0.0.1") == 1
+
+    run(story())
+
+
+def test_evaluation_by_a_generator_that_lives_and_is_slow_says_so() -> None:
+    async def story() -> None:
+        theatre = Theatre("evaluation.every_updates=3", "timeouts.generate_s=0.2")
+        Answering.pause_s = 20.0
+        try:
+            assert await theatre.train(pause_s=0.2) == 6
+        finally:
+            Answering.pause_s = 0.002
+
+        assert theatre.listener.dropped == [(3, "failed")]
+        assert "DeadlineError: " in theatre.listener.texts[0] and "generator-0" in theatre.listener.texts[0]
+
+    run(story())
+
+
+def test_whoever_gives_an_evaluation_up_can_be_cancelled_over_it() -> None:
+    """The evaluation takes its time to end."""
+
+    class SlowGate(InstallGate):
+        async def open(self) -> None:
+            ending.set()
+            await asyncio.sleep(5)
+
+    ending = asyncio.Event()
+
+    async def story() -> None:
+        theatre = Theatre()
+        theatre.stage.crew.gate = SlowGate()
+        await theatre.stage.begin()
+        theatre.live.after_update(2)
+        await asyncio.sleep(0)
+        stopping = asyncio.create_task(theatre.live.stop("run_ended"))
+        await ending.wait()
+
+        stopping.cancel()
+        await asyncio.wait({stopping})
+
+        assert stopping.cancelled()
 
     run(story())
 

@@ -2,13 +2,18 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import actors.generator_pool
 import actors.pipeline
 from actors.generator import Collected
+from actors.generator_pool import ROOM_S
+from actors.launch import ActorSpec
 from actors.replay_queue import HolderGone, WithScorer
 from actors.roster import Phase, Roster
 from async_rlhf.errors import EngineError, NoRoomError, RestartLimitError, RunError
@@ -137,6 +142,43 @@ def test_without_room_for_all_of_them_nobody_joins_and_nothing_stays_reserved():
             await scaled(stage, 4)
 
         assert stage.cluster.free == 2 and stage.cluster.reserved == [] and phases(stage) == {"generator-0": "at work"}
+
+    run(story())
+
+
+def test_a_join_waits_for_the_room_of_those_that_still_leave_and_otherwise_only_a_moment():
+    """generator-1 is stuck over its last completions; the run changes its mind, and later wants one more."""
+
+    async def story() -> None:
+        make: Make = lambda name: FakeGenerator(name, stuck=name == B)  # noqa: E731
+        stage = await Stage(FakeQueue(num_tickets=50), make, (), "timeouts.leave_s=100", num_generators=2).begin()
+        limits: list[float] = []
+        reserve_more = stage.cluster.reserve_more
+
+        async def reserve(spec: ActorSpec, timeout_s: float) -> None:
+            limits.append(timeout_s)
+            await reserve_more(spec, timeout_s)
+
+        stage.cluster.reserve_more = reserve  # type: ignore[method-assign]
+
+        async def change_of_mind() -> None:
+            while not any(holder == B and tickets for (holder, _), tickets in stage.queue.requests.items()):
+                await asyncio.sleep(0.002)
+            leaving = asyncio.create_task(stage.pool.scale(1, lambda line: None))
+            await asyncio.sleep(0.05)
+            leaving.cancel()
+            assert phases(stage)["generator-1"] == Phase.LEAVING
+            await stage.pool.scale(2, lambda line: None)
+            stage.cluster.handles[B].die()
+            while "generator-1" in phases(stage):
+                await asyncio.sleep(0.002)
+            await stage.pool.scale(3, lambda line: None)
+
+        changing = asyncio.create_task(change_of_mind())
+        await stage.until(changing.done)
+
+        changing.result()
+        assert limits == [100 + ROOM_S, ROOM_S]
 
     run(story())
 
@@ -306,7 +348,7 @@ def test_one_that_lost_its_node_is_missed_while_the_others_go_on_and_comes_back_
         bringing = asyncio.create_task(bring_a_node())
         await stage.until(lambda: bringing.done() and stage.queue.done)
         bringing.result()
-        assert put_once(stage, 500) and stage.crew.roster.health({})["generator-1"] == "at work"
+        assert put_once(stage, 250) and stage.crew.roster.health({})["generator-1"] == "at work"
         assert len(stage.played("generator-1")[-1].sampled_by) > 0
         assert [entry["event"] for entry in stage.incidents] == ["lost", "no_room", "back"]
 
@@ -323,6 +365,56 @@ def test_without_any_generator_and_without_room_the_run_ends_by_name_after_batch
             NoRoomError, match=r"no generator is left, and for 0\.2 s \(timeouts\.batch_s\) the cluster had no room for one"
         ):
             await stage.until(lambda: False)
+
+    run(story())
+
+
+def test_a_second_loss_of_the_only_generator_has_batch_s_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """Its node goes, and comes back; an hour later it goes again."""
+
+    class Clock:
+        now, looks = 0.0, 0
+
+        def monotonic(self) -> float:
+            self.looks += 1
+            return self.now
+
+    async def story() -> None:
+        clock = Clock()
+        monkeypatch.setattr(actors.generator_pool, "time", SimpleNamespace(monotonic=clock.monotonic, time=time.time))
+        stage = await Stage(FakeQueue(num_tickets=10**6)).begin()
+
+        async def lose_it_twice() -> None:
+            for number in range(2):
+                while phases(stage)["generator-0"] != Phase.AT_WORK:
+                    await asyncio.sleep(0.002)
+                looks, played = clock.looks, len(stage.played("generator-0"))
+                stage.cluster.homeless = {"generator-0"}
+                stage.cluster.handles[f"generator-0.0.{number}"].die()
+                while clock.looks < looks + 2:  # it waits for room, and counts
+                    await asyncio.sleep(0.002)
+                stage.cluster.homeless = set()
+                while len(stage.played("generator-0")) == played:
+                    await asyncio.sleep(0.002)
+                clock.now += 3600.0
+
+        losing = asyncio.create_task(lose_it_twice())
+        await stage.until(losing.done)
+
+        losing.result()
+        assert [entry["event"] for entry in stage.incidents][:5] == ["lost", "no_room", "back", "lost", "no_room"]
+
+    run(story())
+
+
+def test_without_any_generator_the_learners_wait_for_a_batch_does_not_end_the_run_first():
+    async def story() -> None:
+        stage = await Stage(FakeQueue(num_batches=0), FakeGenerator, (), "timeouts.batch_s=0.5").begin()
+        stage.fate = lambda handle, method, args, through: handle.die() if handle.name == A else None
+        stage.cluster.homeless = {"generator-0"}
+
+        with pytest.raises(NoRoomError, match="no generator is left"):
+            await stage.train()
 
     run(story())
 

@@ -50,7 +50,7 @@ USAGE = EngineUsage(busy_s=1.0, num_tokens=10, num_completions=2)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, 30))
+    asyncio.run(asyncio.wait_for(coroutine, 50))
 
 
 def make_config(*overrides: str) -> Config:

@@ -40,11 +40,11 @@ def record(folder: Path, versions: range) -> None:
     """A driver's part of a run."""
     settings = ["run.wandb.mode=offline", "run.wandb.close_s=90", "run.wandb.project=mine", f"env.OPENAI_API_KEY={SECRET}", "seed=7"]
     config = without_secrets(load_config(overrides=settings).config)
-    recorder = Recorder(folder, [WandbSink(folder, config)])
+    recorder = Recorder(folder, {"wandb": lambda: WandbSink(folder, config)})
     recorder.cut_after(versions.start - 1)
     for version in versions:
         recorder.write({"update": version - 1, "version": version, "train/loss": 1 / version})
-    recorder.write_incident({"event": "lost", "name": "generator-0"})
+    recorder.write_incident({"event": "lost", "name": "generator-0", "cause": f"its reward said {SECRET}"})
     recorder.close()
 
 

@@ -100,6 +100,7 @@ def test_no_number_may_be_infinite_or_not_a_number(key: str) -> None:
 
 def test_range_is_checked_on_the_way_in_from_an_override_and_from_a_file(tmp_path: Path) -> None:
     assert refusal("learner.learning_rate=.nan").startswith("learner.learning_rate must be > 0 and <= 1, got nan")
+    assert refusal(f"batch_groups={10**400}").startswith("batch_groups must be >= 1 and <= 1e+06, got 1000")
     with pytest.raises(ConfigError, match=r"learner\.num_ranks must be >= 1 and <= 4096, got 0"):
         load_config([write(tmp_path, "learner: {num_ranks: 0}")])
 

@@ -1,11 +1,16 @@
 """The dashboard over HTTP: to whom it answers, with what headers; and the command around it."""
 
 import io
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from starlette.testclient import TestClient
 
@@ -13,7 +18,7 @@ from async_rlhf.commands.dashboard import run_dashboard
 from async_rlhf.dashboard.catalogue import Catalogue, name_of
 from async_rlhf.dashboard.server import KINDS, make_app, page_files
 from async_rlhf.errors import ConfigError
-from tests.support.dashboard_runs import HOSTILE, WrittenRun
+from tests.support.dashboard_runs import HOSTILE, WrittenRun, row_of
 
 
 @pytest.fixture
@@ -122,3 +127,67 @@ def test_a_folder_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_port_in_use_is_refused_with_a_remedy(run: WrittenRun) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another --port"):
         run_dashboard([run.folder], taken.getsockname()[1], Console(file=io.StringIO()), open_browser=False)
+
+
+HUGE = st.sampled_from([1.7e308, -1.7e308, 1e308, 5e-324, 0.0, -1.0, 3, 10**400, float("nan"), float("inf")]) | st.floats()
+
+
+@given(numbers=st.lists(HUGE, min_size=1, max_size=4), seed=st.integers(0, 2**32))
+@settings(max_examples=10, deadline=None)
+def test_every_address_answers_whatever_numbers_the_folder_holds(
+    numbers: list[float], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In rows, evaluations, samples, the state and settings, each number may be one of those drawn."""
+    choice = Random(seed)
+
+    def swept(value: object) -> object:
+        match value:
+            case bool() | str() | None:
+                return value
+            case dict():
+                return {key: swept(each) for key, each in value.items()}
+            case list():
+                return [swept(each) for each in value]
+            case _:
+                return choice.choice([value, *numbers])
+
+    made = WrittenRun(tmp_path_factory.mktemp("runs") / "first")
+    made.update(24)
+    made.evaluate(0, 0.25)
+    made.evaluate(24, 0.5)
+    made.write_samples("prompt", "completion")
+    every = swept(row_of(1))  # what is said of each row but its version and time: the same, so that means and sums overflow
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        rows = [json.loads(line) for line in (made.folder / name).read_text().splitlines()]
+        kept = {key: value for row in rows[:1] for key, value in row.items() if key in ("version", "time_s")}
+        drawn = [row | every | {key: swept(row[key]) if choice.random() < 0.5 else row[key] for key in kept} for row in rows]
+        (made.folder / name).write_text("".join(json.dumps(row) + "\n" for row in drawn))
+    for name in ("state.json", "samples.json"):
+        (made.folder / name).write_text(json.dumps(swept(json.loads((made.folder / name).read_text()))))
+    config = yaml.safe_load((made.folder / "config.yaml").read_text())
+    for key in ("max_staleness", "batch_groups", "completions_per_prompt"):
+        config[key] = swept(config[key])
+    (made.folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    with TestClient(make_app(Catalogue([made.folder], Path("nowhere"))), base_url="http://localhost:8000") as client:
+        name = client.get("/api/runs").json()["runs"][0]["name"]
+        answers = [
+            client.get(f"/api/{path}") for path in (f"runs/{name}", f"runs/{name}/curves", f"runs/{name}/samples", f"compare?runs={name}")
+        ]
+
+    for answer in answers:
+        assert answer.status_code == 200
+        json.loads(answer.text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_a_sum_and_a_product_beyond_all_numbers_are_absent(run: WrittenRun, client: TestClient) -> None:
+    rows = [row_of(version) | {"reward/mean": 1.7e308, "generate/tokens_per_s": 1.7e308} for version in range(1, 9)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config | {"max_staleness": 1e308, "batch_groups": 64}))
+    name = client.get("/api/runs").json()["runs"][0]["name"]
+
+    flow = client.get(f"/api/runs/{name}").json()["flow"]
+
+    assert (flow["queue"]["bound"], flow["means"]["generate/tokens_per_s"]) == (None, None)
+    assert client.get(f"/api/compare?runs={name}").json()["runs"][0]["results"]["generator_tokens_per_s"] is None

@@ -26,5 +26,10 @@ def test_every_local_link_leads_to_a_file_and_to_a_heading_of_it(page: Path) -> 
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}: no such heading; it has {sorted(anchors(file))}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_described_command_line_holds_a_token(page: Path) -> None:
+    assert re.findall(r"-H +[\"']Authorization.*", page.read_text(encoding="utf-8")) == [], "ps shows it to everybody; see curl -H @-"
+
+
 def test_the_check_sees_links() -> None:
     assert len(LINK.findall(PAGES[0].read_text(encoding="utf-8"))) > 20

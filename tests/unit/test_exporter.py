@@ -1,6 +1,7 @@
 """What the driver sets for Prometheus at each heartbeat."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,10 +10,11 @@ import pytest
 
 from actors.crew import Crew
 from actors.engine_loop import EngineUsage
-from actors.exporter import Exporter
+from actors.exporter import Exporter, keep_beating
 from actors.roster import Roster
-from actors.supervision import Supervisor
+from actors.supervision import Supervisor, guarded
 from async_rlhf.config import load_config
+from async_rlhf.dispensable import Dispensable
 from async_rlhf.exported import EXPORTED, MAX_LABELLED, PREFIX, name_of, row_keys
 from async_rlhf.protocols import Occupancy
 from async_rlhf.tickets import QueueCounters
@@ -54,6 +56,7 @@ def make_exporter(num_generators: int = 2, clock: Callable[[], float] = lambda: 
         broadcaster=member("weight_broadcaster"),
         installs={f"generator-{index}.0.1": INSTALLED for index in range(num_generators)},
         learner=cast(Any, None),
+        transport=cast(Any, None),
     )
     board = Board()
     return Exporter(crew, config, board), crew, board
@@ -161,7 +164,7 @@ def test_the_heartbeat_goes_on_until_it_is_ended():
     exporter, _, board = make_exporter()
 
     async def beat_once() -> None:
-        keeping = asyncio.ensure_future(exporter.keep())
+        keeping = asyncio.ensure_future(keep_beating(Dispensable("metrics", lambda: exporter)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not keeping.done()
@@ -170,6 +173,36 @@ def test_the_heartbeat_goes_on_until_it_is_ended():
     asyncio.run(beat_once())
 
     assert board.value("target_updates") == 9
+
+
+@pytest.mark.parametrize("broken", ["undeclared", "refused"])
+def test_a_run_goes_on_without_an_exporter_that_failed_which_is_told_once(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    made, _, board = make_exporter()
+    exporter = Dispensable("metrics for Prometheus", lambda: made)
+    monkeypatch.setattr("actors.exporter.HEARTBEAT_S", 0.0)
+    monkeypatch.setattr("actors.exporter.row_keys", lambda: ["not/declared"])
+
+    def refuse(name: str, labels: Mapping[str, str], value: float) -> None:
+        raise ValueError(f"{name} takes no tag but run")
+
+    async def train() -> str:
+        await asyncio.sleep(0)
+        if broken == "undeclared":  # EXPORTED of an update's row
+            exporter.do(lambda it: it.update(cast(Any, SimpleNamespace(summary=SimpleNamespace(staleness=()))), {"not/declared": 0.5}))
+        else:
+            monkeypatch.setattr(board, "set", refuse)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return "trained"
+
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(guarded(train(), keep_beating(exporter))) == "trained"
+
+    (record,) = caplog.records
+    reason = {"undeclared": "KeyError: 'async_rlhf_not_declared'", "refused": "takes no tag but run"}[broken]
+    assert record.getMessage().startswith("the run goes on without metrics for Prometheus: ") and reason in record.getMessage()
 
 
 def test_names_of_rows_are_their_keys_and_no_two_are_equal():

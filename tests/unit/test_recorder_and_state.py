@@ -1,6 +1,7 @@
 """The run folder: rows, state and summary as a reader finds them, after a crash too."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -271,6 +272,74 @@ def test_incidents_are_lines_in_the_order_in_which_they_happened(tmp_path: Path)
 
     assert [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()] == entries
     recorder.close()
+
+
+class Broken:
+    """A sink of which one method fails."""
+
+    def __init__(self, fails: str) -> None:
+        self._fails = fails
+        self.told: list[str] = []
+        self._tell("made")
+
+    def _tell(self, what: str) -> None:
+        self.told.append(what)
+        if what == self._fails:
+            raise OSError(f"no room for {what}")
+
+    def update(self, row: object) -> None:
+        self._tell("update")
+
+    def evaluation(self, row: object) -> None:
+        self._tell("evaluation")
+
+    def incident(self, entry: object) -> None:
+        self._tell("incident")
+
+    def cut_after(self, version: int) -> None:
+        self._tell("cut_after")
+
+    def close(self) -> None:
+        self._tell("close")
+
+
+@pytest.mark.parametrize("fails", ["made", "update", "incident", "cut_after", "close"])
+def test_a_run_goes_on_without_a_sink_that_failed_which_is_told_once(fails: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        recorder = Recorder(tmp_path, {"the other sink": lambda: Broken(fails)})
+        recorder.cut_after(0)
+        for version in (1, 2):
+            recorder.write({"version": version})
+            recorder.write_incident({"event": "lost", "name": f"generator-{version}"})
+        recorder.close()
+
+    assert [row["version"] for row in read_rows(tmp_path)] == [1, 2]
+    assert len((tmp_path / "incidents.jsonl").read_text().splitlines()) == 2
+    assert [record.getMessage() for record in caplog.records] == [f"the run goes on without the other sink: OSError: no room for {fails}"]
+
+
+def test_a_sink_that_failed_gets_nothing_more_but_is_closed(tmp_path: Path):
+    made = Broken("update")
+    recorder = Recorder(tmp_path, {"other": lambda: made})
+
+    recorder.write({"version": 1})
+    recorder.write({"version": 2})
+    recorder.close()
+
+    assert made.told == ["made", "update", "close"]
+
+
+def test_tensorboard_may_fail_and_metrics_jsonl_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tensorboard").write_text("a file where its folder would be")
+    recorder = Recorder(tmp_path)
+    recorder.write({"version": 1, "train/loss": 0.5})
+    recorder.close()
+    assert read_rows(tmp_path) == [{"version": 1, "train/loss": 0.5}]
+
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Recorder(tmp_path)
 
 
 def test_the_origin_names_what_a_resumed_run_begins_from(tmp_path: Path):

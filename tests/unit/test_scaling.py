@@ -16,7 +16,7 @@ from rich.console import Console
 
 from actors.scaling import heed
 from async_rlhf.commands.guard import HEARTBEAT
-from async_rlhf.commands.resume import resumed_configs
+from async_rlhf.commands.resume import resumed_configs, settle_wishes
 from async_rlhf.commands.scale import run_scale
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.errors import ConfigError, DeadlineError, NoRoomError, RunError
@@ -158,6 +158,21 @@ def test_resume_takes_the_scaled_number_unless_it_is_told_another_one(tmp_path: 
     assert (before.generator.count, config.generator.count) == (2, count)
 
 
+@pytest.mark.parametrize("file", [WANTED_FILE, SCALED_FILE])
+def test_resume_warns_of_a_wish_that_holds_nonsense_and_goes_on_without_it(tmp_path: Path, console: Console, file: str) -> None:
+    """A restart by the guard has nobody who could mend the file."""
+    folder = make_run(tmp_path / "run", "interrupted", "generator.count=2")
+    write_wish(folder, Wish(wish_id="w", generators=4))
+    (folder / file).write_text('{"wish_id": "w"')
+
+    _, config = resumed_configs(folder, ())
+    settle_wishes(folder, config.generator.count, console)
+
+    assert config.generator.count == 2 and scaled_count(folder) is None
+    said = console.export_text()
+    assert said.startswith("warning: ") and file in said and "going on without it, with generator.count=2" in said
+
+
 # The driver.
 
 
@@ -263,6 +278,55 @@ def test_a_wish_that_an_earlier_driver_was_through_with_is_not_heeded_again(tmp_
     assert pool.asked == [2]
 
 
+def test_an_answer_that_cannot_be_written_is_warned_of_and_the_wish_is_fulfilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, wish, tries = FakePool(), make_wish(["generators=2"]), list[Answer]()
+
+    def write(folder: Path, answer: Answer) -> None:
+        tries.append(answer)
+        if len(tries) <= 2:
+            raise OSError("stale file handle")
+        write_answer(folder, answer)
+
+    monkeypatch.setattr("actors.scaling.write_answer", write)
+
+    async def story() -> None:
+        write_wish(tmp_path, wish)
+        assert (await answered(tmp_path, wish)).lines[:2] == ("the run has 1 generator(s), and shall have 2", "on the way")
+
+    warnings = heeded(tmp_path, pool, quick(), story())
+    assert pool.count == 2 and warnings[1] == "nobody was told `on the way`: stale file handle" and len(warnings) == 2
+
+
+def test_the_driver_can_end_while_an_overtaken_wish_takes_its_time_to_end(tmp_path: Path) -> None:
+    class Reluctant(FakePool):
+        async def scale(self, count: int, say: Any) -> None:
+            self.asked.append(count)
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                ending.set()
+                await asyncio.sleep(5)
+                raise
+
+    ending = asyncio.Event()
+
+    async def story() -> None:
+        pool = Reluctant()
+        heeding = asyncio.create_task(heed(tmp_path, pool, quick(), lambda line: None))
+        write_wish(tmp_path, make_wish(["generators=4"]))
+        while not pool.asked:
+            await asyncio.sleep(0.005)
+        write_wish(tmp_path, make_wish(["generators=2"]))
+        await ending.wait()
+
+        heeding.cancel()
+        await asyncio.wait({heeding})
+
+        assert heeding.cancelled() and pool.asked == [4]
+
+    asyncio.run(asyncio.wait_for(story(), 20))
+
+
 def test_nonsense_is_warned_of_once_and_the_next_wish_is_heeded(tmp_path: Path) -> None:
     pool, wish = FakePool(), make_wish(["generators=2"])
     (tmp_path / WANTED_FILE).write_text('{"wish_id": "x", "generators": "many"}')
@@ -348,6 +412,26 @@ def test_a_run_that_ends_meanwhile_is_told(tmp_path: Path, console: Console) -> 
 
     with acting_driver(folder, ("phase", "finished")), pytest.raises(RunError, match="the run is finished now, before it was through"):
         run_scale(folder, ["generators=2"], 20, console)
+
+
+def test_of_two_commands_at_once_the_overtaken_one_says_so(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes and goes while the first one is asking the storage for the time."""
+    folder = make_run(tmp_path / "run")
+    before = sorted(file.name for file in folder.iterdir())
+    touch, others = Path.touch, list[str]()
+
+    def touch_and_let_another_in(file: Path) -> None:
+        touch(file)
+        others.append(file.name)
+        if len(others) == 1:
+            with pytest.raises(DeadlineError):
+                run_scale(folder, ["generators=3"], 0.05, console)
+
+    monkeypatch.setattr(Path, "touch", touch_and_let_another_in)
+
+    with pytest.raises(RunError, match=r"overtaken by another wish, for 3 generator\(s\), .* async-rlhf status "):
+        run_scale(folder, ["generators=2"], 20, console)
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*before, WANTED_FILE]) and len(set(others)) == 2
 
 
 def test_a_wish_that_takes_too_long_stands(tmp_path: Path, console: Console) -> None:

@@ -13,7 +13,15 @@ import pytest
 from tests.support.deployment import DEPLOY
 
 RECORD = 'echo "$(basename "$0") $*" >>"$SHIMS/calls"\n'
-SRUN = RECORD + "exec sleep 60\n"
+SRUN = (
+    RECORD
+    + """
+case "$*" in
+  *" rm "*) exit "${RM_CODE:-0}" ;;
+  *) exec sleep 60 ;;
+esac
+"""
+)
 SCONTROL = f"""
 {RECORD}
 if [ "$1" != requeue ]; then
@@ -54,7 +62,13 @@ class Job:
             (programs / name).chmod(0o755)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
         env |= {"SHIMS": str(folder), "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "4217", "SLURM_JOB_NAME": "mine"}
-        env |= {"SLURM_JOB_NODELIST": "node[1-3]", "SLURM_CPUS_PER_TASK": "8", "SLURM_GPUS_ON_NODE": "4", **variables}
+        env |= {
+            "SLURM_JOB_NODELIST": "node[1-3]",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_CPUS_PER_TASK": "8",
+            "SLURM_GPUS_ON_NODE": "4",
+            **variables,
+        }
         self.output = folder / "output"
         line = ["/bin/bash", DEPLOY / "slurm.sbatch", "conf/quickstart.yaml", "updates=5"]
         with self.output.open("w") as output:
@@ -151,6 +165,15 @@ def test_run_that_failed_fails_the_job_and_does_not_queue_again(start: Start, co
 
     assert job.end() == int(code)
     assert not any("requeue" in call for call in job.calls)
+
+
+@pytest.mark.parametrize("rm_code", ["0", "1"], ids=["done", "a node is gone"])
+def test_session_folder_of_ray_goes_from_every_node_once_ray_has_ended(start: Start, rm_code: str) -> None:
+    job = start(DRIVER_CODE="0", RM_CODE=rm_code)
+
+    assert job.end() == 0
+    assert job.calls[-1] == "srun --overlap --ntasks-per-node=1 --cpus-per-task=8 --nodes=3 rm -rf /tmp/ray-4217"
+    assert sum(" rm " in call for call in job.calls) == 1
 
 
 def test_nothing_of_the_job_is_left_when_it_ends(start: Start, tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import async_rlhf.wandb_sink as wandb_sink
+from async_rlhf.commands.drive import _recorder
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import ConfigError
+from async_rlhf.recorder import read_rows
+from async_rlhf.run_plan import RunPlan
 from async_rlhf.wandb_sink import WandbSink, check_wandb
 
 
@@ -55,13 +58,14 @@ def test_online_without_a_login_is_bad_input_and_with_one_it_is_not(tmp_path: Pa
     check_wandb(config_of("online"))
 
 
-def test_the_writer_gets_the_config_and_every_row_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_writer_gets_the_config_every_row_in_order_and_of_incidents_no_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start_instead(monkeypatch, f"import sys; open({str(tmp_path / 'got')!r}, 'w').write(sys.stdin.read())")
 
     sink = WandbSink(tmp_path, config_of("offline", "seed=7"))
     sink.update({"update": 0, "version": 1, "train/loss": 0.5})
     sink.evaluation({"stage": "final", "version": 1, "evaluate/score": 0.25})
-    sink.incident({"event": "lost", "name": "generator-0"})
+    sink.incident({"event": "lost", "name": "generator-0", "time": 1.5, "cause": "reward said s3cret on 10.0.0.7, pid 12, /home/me"})
+    sink.incident({"event": "back", "name": "generator-0", "time": 2.5, "after_s": 1.0})
     sink.close()
 
     start, *entries = [json.loads(line) for line in (tmp_path / "got").read_text().splitlines()]
@@ -69,7 +73,8 @@ def test_the_writer_gets_the_config_and_every_row_in_order(tmp_path: Path, monke
     assert entries == [
         {"row": {"update": 0, "version": 1, "train/loss": 0.5}},
         {"row": {"version": 1, "evaluate/score": 0.25}},
-        {"incident": {"event": "lost", "name": "generator-0"}},
+        {"incident": {"event": "lost", "name": "generator-0", "time": 1.5}},
+        {"incident": {"event": "back", "name": "generator-0", "time": 2.5}},
     ]
 
 
@@ -81,6 +86,25 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path: Path, mon
 
     first, second = [json.loads(line) for line in (tmp_path / "got").read_text().splitlines()]
     assert first["id"] == second["id"]
+
+
+@pytest.mark.parametrize("broken", ["folder", "process"])
+def test_a_run_begins_without_a_sink_that_cannot_be_made(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    if broken == "folder":
+        (tmp_path / "wandb").write_text("a file in its place")
+    else:
+        monkeypatch.setattr(wandb_sink.sys, "executable", str(tmp_path / "absent"))
+    plan = RunPlan(config=config_of("offline"), run_folder=tmp_path, model_folder=tmp_path, reward="", metric="")
+
+    with caplog.at_level(logging.WARNING):
+        recorder = _recorder(plan)
+        recorder.write({"version": 1})
+        recorder.close()
+
+    assert read_rows(tmp_path) == [{"version": 1}]
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == ["the run goes on without Weights & Biases"]
 
 
 @pytest.mark.parametrize("code", ["import os; os._exit(3)", "import time; time.sleep(600)"], ids=["died", "stuck"])

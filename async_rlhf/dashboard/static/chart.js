@@ -102,7 +102,7 @@ function layOut(curve, all, bound, width) {
 }
 
 /** Round numbers from low to high. */
-export function ticks(low, high, about) {
+function ticks(low, high, about) {
   const raw = (high - low) / about, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= raw * 0.999);
   const found = [];

@@ -1,6 +1,6 @@
 // The other parts of a run's page: what it is, what it came to, who plays, what went wrong.
 
-import { el, put, row, said, table } from "./dom.js";
+import { el, row, said, table } from "./dom.js";
 import { ABSENT, ago, clock, num, seconds, whole } from "./format.js";
 
 const COLOURS = { finished: "good", failed: "bad", silent: "bad", interrupted: "warn" };
@@ -63,10 +63,5 @@ export function losses(run) {
   return el("div", { class: "card", id: "drops" }, el("h3", {}, "Dropped groups"), dropped.length ? table(["reason", "groups"], dropped) : el("p", { class: "note" }, run.drops_known ? "None." : "Counted when the run ends."),
     skipped.length ? el("div", {}, el("h3", {}, "Skipped rows"), table(["reason", "rows"], skipped)) : null,
     run.failed_prompts ? el("p", { class: "warn" }, `${whole(run.failed_prompts)} prompts could not be scored.`) : null);
-}
-
-/** A note where there is no more to show. */
-export function nothing(node, text) {
-  put(node, el("p", { class: "note" }, text));
 }
 
