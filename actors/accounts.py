@@ -159,6 +159,7 @@ class Accounts:
         return {
             "update": summary.update,
             "version": report.version,
+            "session": self.session,
             "optimizer_steps": report.optimizer_steps,
             "time_s": self.earlier_s + now - self.started_s,
             **summary.metrics,

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.dispensable import Dispensable
@@ -225,9 +225,24 @@ def write_origin(plan: RunPlan) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl; a last line cut by a crash is left out."""
+    """The rows of metrics.jsonl. Left out: a last line cut by a crash, and damaged ones (`async-rlhf audit` names the missing updates)."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [row for line in lines[:-1] if (row := _row(line)) is not None]
+
+
+def rows_of_config(folder: Path) -> list[dict[str, float]]:
+    """Those that were measured under the settings of config.yaml: no resume changed them later."""
+    since = max(earlier_configs(folder), default=0)
+    return [row for row in read_rows(folder) if row.get("session", since) >= since]
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """None: it is none."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return cast(dict[str, float], row) if isinstance(row, dict) and "version" in row else None

@@ -1,13 +1,17 @@
 """The verdict on a run: while it goes on, and from its folder."""
 
+import json
 import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import ConfigError
-from async_rlhf.recorder import read_rows
+from async_rlhf.recorder import rows_of_config
 from async_rlhf.stage_times import WINDOW, Row
+from async_rlhf.state import LIVE_PHASES, read_state
 from async_rlhf.verdict import Verdict, verdict_of
 
 
@@ -22,6 +26,10 @@ class RunningVerdict:
         self._config = config
         self._num_cores = num_cores
         self._rows: deque[Row] = deque(maxlen=WINDOW + 1)
+
+    def clear(self) -> None:
+        """Updates will be trained again: what comes next does not follow what was there."""
+        self._rows.clear()
 
     def add(self, row: Row) -> Verdict:
         """The verdict after one more update; a row that does not follow the last one begins anew."""
@@ -38,8 +46,25 @@ def own_cores(config: Config) -> int | None:
 
 
 def verdict_of_folder(folder: Path) -> Verdict | None:
-    """The verdict on a run from its folder, wherever it ran; None where its config is not one that this version reads."""
+    """The verdict on a run from its folder, wherever it ran; None where its config is not one that this version reads.
+
+    The text of a run that ended is its driver's, which knew the machine.
+    """
     try:
-        return verdict_of(read_rows(folder), load_config([folder / "config.yaml"]).config)
+        config = load_config([folder / "config.yaml"]).config
     except ConfigError:
         return None
+    found = verdict_of(rows_of_config(folder), config)
+    said = _last_word(folder)
+    return replace(found, text=said) if said else found
+
+
+def _last_word(folder: Path) -> str:
+    """What the driver said at its end; empty: it goes on, was killed, or had too little to say anything."""
+    try:
+        summary: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        ended = read_state(folder).phase not in LIVE_PHASES
+    except (OSError, ValueError, ConfigError):
+        return ""
+    said = cast(dict[str, Any], summary).get("verdict") if ended and isinstance(summary, dict) else None
+    return said if isinstance(said, str) else ""

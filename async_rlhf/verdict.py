@@ -4,7 +4,7 @@ From the last rows of metrics.jsonl come the seconds that each stage needs for o
 
     t_gen    a generator's engine steps, plus the pause of its install
     t_score  a scorer's calls (t_reward: a reward actor's), where they were measured
-    t_learn  everything that the train loop does but wait for its batch: train_step, and the push (take, publish, book)
+    t_learn  everything that the train loop does but wait for its batch: train_step, the push (take, export), and its books
 
 Ideal period of one update:  P = max(t_gen, t_score, t_reward, t_learn)  where the stages overlap (max_staleness >= 1),
                              P = t_gen + t_score + t_reward + t_learn    where each waits for the others (max_staleness 0).
@@ -158,11 +158,14 @@ def _bound_by_training(times: StageTimes, config: Config, cores: str) -> Verdict
         if config.max_staleness and needed < config.generator.count
         else ""
     )
+    beside = ""
+    if times.other_s >= PUSH_SHARE * times.learning_s:
+        beside = f"; {_percent(times.share(times.other_s))} of the time is neither training nor push: checkpoints, on_update: drain, books"
     return Verdict(
         bottleneck=Bottleneck.TRAINING,
         text=(
             f"generators idle {_percent(times.generators_idle)}: training-bound; "
-            f"{'; or '.join(advice) or 'a faster learner would help: batch_groups cannot be split over more ranks'}{spare}"
+            f"{'; or '.join(advice) or 'a faster learner would help: batch_groups cannot be split over more ranks'}{spare}{beside}"
         ),
         gain=gain,
         changes=changes,
@@ -196,6 +199,7 @@ def _bound_by_weights(times: StageTimes, config: Config) -> Verdict:
         pause_s=times.pause_s,
         score_s=2 * times.score_s,
         reward_s=2 * times.reward_s,
+        other_s=times.other_s,
     )
     gain = 2 * _gain(times, twice, config)
     groups, parts = config.batch_groups, config.algorithm.minibatches_per_batch

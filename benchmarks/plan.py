@@ -6,7 +6,8 @@ Rates, lengths and ties are measured in one run (the quickstart, max_staleness 1
 which differ in the bound, in passes over a batch, in completions per prompt, in the batch: one of them is generation-bound, one balanced,
 one training-bound, one synchronous. Real vLLM, DeepSpeed and Ray, which share the
 machine's cores: so do they in the model. Other work on the machine moves the rates between the runs: use a
-quiet one. Exit 1: an update took more than 10 % more or less than predicted (not looked at with --quick).
+quiet one. Exit 1: an update took more than 10 % more or less than predicted, or a run was not of the kind that its name says (neither is
+looked at with --quick).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from async_rlhf.planning.model import calibrated_rates, predict
 from async_rlhf.planning.rates import as_mapping
 from async_rlhf.recorder import read_rows
 from async_rlhf.stage_times import SETTLED_VERSION
-from async_rlhf.verdict import verdict_of
+from async_rlhf.verdict import Bottleneck, verdict_of
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MEASURED = ["max_staleness=1"]
@@ -36,6 +38,8 @@ PREDICTED = {
     "synchronous": ["max_staleness=0"],
 }
 MAX_ERROR = 0.10
+MIN_DIFFERENCE = 0.10
+"""Between the idle shares of two stages, where one is said to hold the other up."""
 QUICK_UPDATES = 16
 
 
@@ -54,6 +58,16 @@ def measured(folder: Path) -> dict[str, float]:
     rows = [row for row in read_rows(folder) if row["version"] > SETTLED_VERSION][:-1]
     shares = {name: float(np.mean([row[key] for row in rows[1:]])) for name, key in SHARES.items()}
     return {"update_s": (rows[-1]["time_s"] - rows[0]["time_s"]) / (len(rows) - 1), **shares}
+
+
+def is_as_named(name: str, bottleneck: Bottleneck, was: Mapping[str, float]) -> bool:
+    """Whether a run was what its name says: by its verdict, or by the idle shares of generators and learner."""
+    more = was["learner_idle"] - was["generator_idle"]
+    return {
+        "generation-bound": bottleneck is Bottleneck.GENERATION or more >= MIN_DIFFERENCE,
+        "training-bound": bottleneck is Bottleneck.TRAINING or more <= -MIN_DIFFERENCE,
+        "balanced": bottleneck is Bottleneck.BALANCED or abs(more) < MIN_DIFFERENCE,
+    }.get(name, True)
 
 
 SHARES = {"generator_idle": "generate/idle_share", "learner_idle": "train/idle_share", "staleness": "queue/staleness_mean"}
@@ -75,26 +89,31 @@ def main() -> None:
         rates = calibrated_rates(read_rows(folder / "measured"), first, lengths, cores)
         cases = dict(list(PREDICTED.items())[-1:]) if arguments.quick else PREDICTED
         results: dict[str, dict[str, float]] = {}
+        misnamed: list[str] = []
         print(f"{'run':<18}{'s per update: predicted':>24}{'measured':>10}{'error':>8}   idle, staleness: predicted, measured")
         for name, settings in {"(measured)": MEASURED, **cases}.items():
             config = first if settings == MEASURED else train(folder / name, updates, settings)
             was = measured(folder / ("measured" if settings == MEASURED else name))
             found = predict(config, rates, lengths, num_cores=cores)
             error = found.update_s / was["update_s"] - 1
+            bottleneck = verdict_of(read_rows(folder / ("measured" if settings == MEASURED else name)), config).bottleneck
+            misnamed += [] if is_as_named(name, bottleneck, was) else [name]
             results[name] = {"predicted_s": found.update_s, "measured_s": was["update_s"], "error": error}
             print(
                 f"{name:<18}{found.update_s:>24.3f}{was['update_s']:>10.3f}{error:>8.1%}   "
                 f"{found.generator_idle:.0%}/{found.learner_idle:.0%} {found.staleness_mean:.2f}, "
                 f"{was['generator_idle']:.0%}/{was['learner_idle']:.0%} {was['staleness']:.2f}   "
-                f"{verdict_of(read_rows(folder / ('measured' if settings == MEASURED else name)), config).bottleneck}",
+                f"{bottleneck}{', FAILED: not ' + name if name in misnamed else ''}",
                 flush=True,
             )
         if arguments.json:
             metrics = {f"{name}_{key}": value for name, numbers in results.items() for key, value in numbers.items()}
             arguments.json.write_text(json.dumps({"metrics": metrics, "rates": dict(as_mapping(rates))}, indent=2) + "\n")
         missed = [name for name, numbers in results.items() if name != "(measured)" and abs(numbers["error"]) > MAX_ERROR]
-        if missed and not arguments.quick:
-            raise SystemExit(f"more than {MAX_ERROR:.0%} off: {', '.join(missed)}")
+        failures = [f"more than {MAX_ERROR:.0%} off: {', '.join(missed)}"] if missed else []
+        failures += [f"not what their names say: {', '.join(misnamed)}"] if misnamed else []
+        if failures and not arguments.quick:
+            raise SystemExit("; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--quick] [--json FILE] [--plot FILE.svg]
 
 The fleet (FLEET, GIVEN) is assumed: a 7-billion-parameter policy, one GPU per generator and per rank, batches that grow with the fleet.
-Its updates are simulated (async_rlhf/planning/model.py). What the queue costs is measured here: the real ReplayBuffer, Ledger and journal,
-one process, groups of GROUP_COMPLETIONS completions. How long weights travel is arithmetic over WEIGHTS_BYTES and LINK_BYTES_PER_S.
+Its updates are simulated (async_rlhf/planning/model.py). What the queue costs is measured here: the real ReplayBuffer, Ledger and journal
+in one process, without Ray, from a ticket's grant to its batch's booking, with groups of GROUP_COMPLETIONS completions. How long weights
+travel is arithmetic over WEIGHTS_BYTES and LINK_BYTES_PER_S.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import math
 import tempfile
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,8 @@ GENERATORS_PER_NODE = 8
 TOKEN_BYTES = 12
 """Of a scored completion's token: id and two log-probabilities."""
 FLEET = tuple(4**power for power in range(7))
+MIN_GROUPS = 512
+"""Put for a measurement of the queue."""
 QUEUE_GENERATORS = (1, 16, 128)
 """At which the queue's cost is measured; between and beyond, a line in the number of live groups."""
 
@@ -92,8 +97,27 @@ def scored(ticket: Ticket, version: int) -> ScoredGroup:
     )
 
 
-def queue_cost_s(batch_groups: int, *, journaled: bool) -> float:
-    """Seconds of CPU time that the queue spends on one group, from its ticket to its batch, with all live groups there."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueCost:
+    """Of buffer and journal, in one process without Ray."""
+
+    grant_s: float
+    """Per ticket."""
+    put_s: float
+    """Per group: marked as sampled, put, and its share of the batch's decision and booking."""
+    num_decisions: int
+
+    @property
+    def group_s(self) -> float:
+        """From its ticket to its batch."""
+        return self.grant_s + self.put_s
+
+
+def queue_cost(batch_groups: int, *, journaled: bool) -> QueueCost:
+    """CPU time that the queue spends on tickets and groups: at least one whole batch is granted, put, decided and trained.
+
+    Requests come as generators make them: GROUPS_PER_GENERATOR at a time, and while a batch comes in the tickets of the next one go out.
+    """
     config = Config(batch_groups=batch_groups)
     with tempfile.TemporaryDirectory() as folder:
         history = None
@@ -103,22 +127,39 @@ def queue_cost_s(batch_groups: int, *, journaled: bool) -> float:
         rule = StalenessRule(batch_groups=batch_groups, max_staleness=MAX_STALENESS)
         settings = ReplaySettings(num_updates=1000)
         buffer = ReplayBuffer(rule, Endless(), settings, history.ledger if history is not None else None)
-        waiting = buffer.grant("g", 0, (MAX_STALENESS + 1) * batch_groups, 0.0)  # as many as may be on their way
-        if history is not None:
-            history.flush()
-        calls = max(1, batch_groups // GROUPS_PER_GENERATOR)
-        size, began, num = batch_groups // calls, time.process_time(), 0
-        for _ in range(min(calls, 8)):
-            share, waiting = waiting[:size], waiting[size:]
-            buffer.mark_scoring(share, 0.0)
-            for ticket in share:
-                buffer.put(scored(ticket, 0))
-            buffer.decide()
-            buffer.grant("g", 0, size, 0.0)
+        size, waiting = min(GROUPS_PER_GENERATOR, batch_groups), deque[Ticket]()
+        grant_s = put_s = 0.0
+        num_granted = num_put = update = 0
+
+        def grant() -> float:
+            """Seconds; nothing is granted where as many as may be are on their way."""
+            nonlocal num_granted
+            began = time.process_time()
+            tickets = buffer.grant("g", update, size, 0.0)
             if history is not None:
                 history.flush()
-            num += len(share)
-        return (time.process_time() - began) / num
+            waiting.extend(tickets)
+            num_granted += len(tickets)
+            return time.process_time() - began
+
+        while num_granted < (MAX_STALENESS + 1) * batch_groups:
+            grant_s += grant()
+        while update < max(1, MIN_GROUPS // batch_groups):
+            share = [waiting.popleft() for _ in range(size)]
+            groups = [scored(ticket, update) for ticket in share]
+            began = time.process_time()
+            buffer.mark_scoring(share, 0.0)
+            for group in groups:
+                buffer.put(group)
+            if buffer.decide() is not None:
+                buffer.mark_trained(update)
+                update += 1
+            if history is not None:
+                history.flush()
+            put_s += time.process_time() - began
+            num_put += size
+            grant_s += grant()
+        return QueueCost(grant_s=grant_s / num_granted, put_s=put_s / num_put, num_decisions=update)
 
 
 def fleet(generators: int) -> Config:
@@ -147,13 +188,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}}")
     parser.add_argument("--plot", type=Path, help="where to draw it")
     arguments = parser.parse_args()
-    queue_cost_s(GROUPS_PER_GENERATOR, journaled=True)  # imports
+    queue_cost(GROUPS_PER_GENERATOR, journaled=True)  # imports
     lives = [GROUPS_PER_GENERATOR * num for num in QUEUE_GENERATORS]
-    costs = [queue_cost_s(live, journaled=True) for live in lives]
-    bare = [queue_cost_s(live, journaled=False) for live in lives]
+    costs = [queue_cost(live, journaled=True).group_s for live in lives]
+    bare = [queue_cost(live, journaled=False).group_s for live in lives]
     slope, fixed = np.polyfit(lives, costs, 1)
     for live, cost, without in zip(lives, costs, bare, strict=True):
         print(f"queue, B {live:>6}: {1e3 * cost:.2f} ms per group, {1e3 * without:.2f} ms of it without the journal")
+    print(f"buffer and journal in one process, without Ray; beyond B {lives[-1]} (marked *) the line is extrapolated")
     print(f"queue: {1e3 * fixed:.2f} ms per group + {1e6 * slope:.2f} us per group of the batch")
     head = ("generators", "update s", "completions/s", "idle g/l", "queue s", "one node s", "doubling s", "groups GB")
     print("".join(f"{word:>14}" for word in head))
@@ -170,7 +212,8 @@ def main() -> None:
         one_s, doubling_s = broadcast_s(generators)
         group_bytes = GROUP_COMPLETIONS * lengths.mean_tokens * TOKEN_BYTES * (MAX_STALENESS + 1) * config.batch_groups
         idle = f"{found.generator_idle:.0%}/{found.learner_idle:.0%}"
-        times = (f"{seconds:.1f}" for seconds in (queue_s, one_s, doubling_s))
+        beyond = "*" if config.batch_groups > lives[-1] else ""
+        times = (f"{queue_s:.1f}{beyond}", f"{one_s:.1f}", f"{doubling_s:.1f}")
         cells = (generators, f"{found.update_s:.1f}", f"{found.completions_per_s:,.0f}", idle, *times, f"{group_bytes / 1e9:.2f}")
         print("".join(f"{cell:>14}" for cell in cells), f"  (simulated in {simulated_s:.1f} s)", flush=True)
         values = (found.update_s, queue_s, one_s, doubling_s)

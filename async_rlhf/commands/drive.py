@@ -93,6 +93,7 @@ class _Watcher:
 
     def rewound(self, version: int) -> None:
         self.recorder.cut_after(version)
+        self._running.clear()
 
     def incident(self, entry: Mapping[str, Any]) -> None:
         self.recorder.write_incident(entry)

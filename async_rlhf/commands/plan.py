@@ -14,7 +14,7 @@ from rich.table import Table
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
-from async_rlhf.recorder import read_rows
+from async_rlhf.recorder import rows_of_config
 from async_rlhf.stage_times import stage_times
 from async_rlhf.state import write_atomically
 
@@ -79,6 +79,8 @@ def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
             ranks=_numbers("--ranks", wishes.ranks) or [config.learner.num_ranks],
             bounds=_numbers("--bounds", wishes.bounds, least=0) or [config.max_staleness],
         )
+    for text in assumptions(run, config, wishes):
+        console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(_table(plans, best, scorers_known=basis.rates.score_call_s + basis.rates.score_token_s > 0))
     _say(console, plans, best, stage_times(rows, window=len(rows)))
     if wishes.json is not None:
@@ -116,13 +118,31 @@ def _basis(run: Path | None, config: Config, wishes: Wishes) -> "tuple[Basis, Se
         raise ConfigError("without a run the lengths of completions are not known; give --median-tokens (and --sigma, --prompt-tokens)")
     else:
         lengths = measured_lengths(run, load_config([run / "config.yaml"]).config)
-    rows, num_cores = read_rows(run) if run is not None else [], wishes.shared_cores or math.inf
+    rows, num_cores = rows_of_config(run) if run is not None else [], wishes.shared_cores or math.inf
     if wishes.rates is not None:
         return Basis(config=config, rates=read_rates(wishes.rates), lengths=lengths, num_cores=num_cores), rows
     assert run is not None
     own = load_config([run / "config.yaml"]).config
     rates = calibrated_rates(rows, own, measured_lengths(run, own), num_cores)
     return Basis(config=config, rates=rates, lengths=lengths, num_cores=num_cores), rows
+
+
+def assumptions(run: Path | None, config: Config, wishes: Wishes) -> list[str]:
+    """What the plans assume and nobody said."""
+    found: list[str] = []
+    uncounted = [name for name, part in (("generator", config.generator), ("learner", config.learner)) if not part.num_gpus]
+    if wishes.gpus and uncounted:
+        names = " and ".join(f"{name}.num_gpus" for name in uncounted)
+        found.append(f"{names} 0 in the config: one GPU each is counted, at the speed that was measured or given without one")
+    if run is None or wishes.rates is not None or wishes.shared_cores:
+        return found
+    own = load_config([run / "config.yaml"]).config
+    if not any(part.num_gpus for part in (own.generator, own.learner, own.scorer, own.reward)):
+        found.append(
+            "the run used no GPU, and every process is taken to have had, and to get, cores of its own; if they shared those of one "
+            "machine, give --shared-cores"
+        )
+    return found
 
 
 def _numbers(option: str, text: str, least: int = 1) -> list[int]:
@@ -187,6 +207,7 @@ def _as_json(plans: "Sequence[Plan]", best: "Plan | None", rates: "Rates") -> Ma
                 "tokens_per_s": plan.prediction.tokens_per_s,
                 "generator_idle_share": plan.prediction.generator_idle,
                 "scorer_idle_share": plan.prediction.scorer_idle,
+                "reward_idle_share": plan.prediction.reward_idle,
                 "learner_idle_share": plan.prediction.learner_idle,
                 "staleness": {str(staleness): share for staleness, share in plan.prediction.staleness.items()},
                 "recommended": plan is best,

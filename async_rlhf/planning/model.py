@@ -49,6 +49,8 @@ def rates_alone(measured: Rates, config: Config, lengths: Lengths, num_cores: fl
             transfer_s=measured.transfer_s / engine,
             score_call_s=measured.score_call_s / scorer,
             score_token_s=measured.score_token_s / scorer,
+            reward_call_s=measured.reward_call_s / slowdown.get("rewards", 1.0),
+            reward_token_s=measured.reward_token_s / slowdown.get("rewards", 1.0),
             **{name: getattr(measured, name) / learner for name in LEARNER_RATES},
         )
     return rates

@@ -2,8 +2,8 @@
 
 The replay buffer that grants, keeps and decides is `async_rlhf.replay.ReplayBuffer` itself, over the real `StalenessRule` and `Ledger`:
 the bound holds in the model by the same code as in a run, and is asserted there for every token. Modelled are those around it, after
-the two loops of `actors/pipeline.py`: engines (engine.py), scorers as a pool, the learner (take, train_step, push, book) and installs;
-and, where all of them run on one machine without a GPU, the cores that they share (cores.py).
+the two loops of `actors/pipeline.py`: engines (engine.py), reward actors and scorers as pools, the learner (take, train_step, push, book)
+and installs; and, where all of them run on one machine without a GPU, the cores that they share (cores.py).
 
 Many generators: with more than MAX_GENERATORS (or MAX_LIVE_GROUPS groups on their way), one simulated generator and one simulated group
 stand for `scale` real ones. Shares and rates per member stay what they are, as all work is divided alike; only chance evens out less,
@@ -79,6 +79,21 @@ class _Member:
     inflight: int = 0
 
 
+class _Pool:
+    """Scorers, or reward actors."""
+
+    def __init__(self, env: simpy.Environment, count: int, scale: float, call_s: float, token_s: float) -> None:
+        num = max(1, round(count / scale))
+        self.members = simpy.Resource(env, num)
+        self._share = count / scale / num
+        """Real members per simulated one and unit of work; 1 where the numbers come out even."""
+        self._call_s, self._token_s = call_s, token_s
+
+    def work_s(self, num_tokens: float) -> float:
+        """Of one call."""
+        return (self._call_s + self._token_s * num_tokens) / self._share
+
+
 class PipelineModel:
     """One simulation. The processes carry the names of the loops of actors/pipeline.py."""
 
@@ -94,17 +109,20 @@ class PipelineModel:
         self._rng = np.random.default_rng(scope.seed)
         self._buffer = self._make_buffer()
         self._grantable, self._arrived, self._published = (_Signal(self._env) for _ in range(3))
-        num_scorers = max(1, round(config.scorer.count / self._scale))
-        self._scorer_share = config.scorer.count / self._scale / num_scorers
-        """Real scorers per simulated one and unit of work; 1 where the numbers come out even."""
-        self._scorers = simpy.Resource(self._env, num_scorers)
+        pools = (("rewards", config.reward.count, "reward"), ("scorers", config.scorer.count, "score"))
+        self._pools = {
+            name: _Pool(self._env, count, self._scale, getattr(rates, f"{key}_call_s"), getattr(rates, f"{key}_token_s"))
+            for name, count, key in pools
+            if count
+        }
+        """Whom a group passes, in order."""
         self._groups: dict[int, tuple[int, Sequence[float], bool]] = {}
         """Ticket id -> version at the start, lengths, tied."""
         self._version = 0
         self._kept = 0
         """Groups kept since the last decision that are not in a batch."""
-        self._busy = {"scorers": 0.0, "learner": 0.0}
-        self._alone = {"scorers": 0.0, "learner": 0.0}
+        self._busy = dict.fromkeys((*self._pools, "learner"), 0.0)
+        self._alone = dict(self._busy)
         """The same work on cores of its own."""
         self._staleness = Counter[int]()
         self._waiting: list[int] = []
@@ -174,12 +192,12 @@ class PipelineModel:
         self._buffer.mark_scoring(tickets, self._env.now)
         prompt, size = self._lengths.prompt_tokens, self._config.completions_per_prompt
         tokens = sum(sum(self._groups[ticket.ticket_id][1]) + size * prompt for ticket in tickets)
-        with self._scorers.request() as turn:
-            yield turn
-            work_s = (self._rates.score_call_s + self._rates.score_token_s * tokens) / self._scorer_share
-            began = self._env.now
-            yield from self._cores.work(work_s)
-            self._spend("scorers", began, work_s)
+        for name, pool in self._pools.items():
+            with pool.members.request() as turn:
+                yield turn
+                work_s, began = pool.work_s(tokens), self._env.now
+                yield from self._cores.work(work_s)
+                self._spend(name, began, work_s)
         yield self._env.timeout(self._rates.call_s)
         voided = False
         for ticket in tickets:
@@ -258,12 +276,14 @@ class PipelineModel:
         alone = {"generators": sum(member.engine.alone_s for member in self._members), **self._alone}
         busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
         update_s = passed_s / num
+        idle = {name: 1 - spent[name] / (passed_s * pool.members.capacity) for name, pool in self._pools.items()}
         return Prediction(
             update_s=update_s,
             completions_per_s=self._config.batch_groups * self._config.completions_per_prompt / update_s,
             tokens_per_s=self._scale * spent["tokens"] / passed_s,
             generator_idle=1 - spent["generators"] / (passed_s * self._num_generators),
-            scorer_idle=1 - spent.get("scorers", 0.0) / (passed_s * self._scorers.capacity),
+            scorer_idle=idle["scorers"],
+            reward_idle=idle.get("rewards"),
             learner_idle=1 - spent["learner"] / passed_s,
             staleness={staleness: num_groups / trained for staleness, num_groups in sorted(self._staleness.items())},
             slowdown={stage: busy[stage] / alone[stage] if alone[stage] > 0 else 1.0 for stage in busy},

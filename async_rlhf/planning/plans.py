@@ -110,15 +110,21 @@ def _splits(config: Config, budget: int, unit: Unit) -> list[tuple[int, int]]:
     generator, rank, scorer, reward = ((part.num_gpus if unit == "gpus" else part.num_cpus) for part in parts)
     generator, rank = generator or 1.0, rank or 1.0  # without a number in the config: one each
     rest = budget - scorer * config.scorer.count - reward * config.reward.count
-    if rest < generator + rank:
+    if _whole(rest - generator, rank) < 1:
         beside = f", scorers and rewards {scorer * config.scorer.count + reward * config.reward.count:g}" if scorer or reward else ""
         raise ConfigError(
             f"a budget of {budget} {unit} does not hold a generator ({generator:g}) and a learner rank ({rank:g}){beside}; give more"
         )
     shards = config.batch_groups // config.algorithm.minibatches_per_batch
-    ranks = [num for num in range(1, min(shards, int((rest - generator) / rank)) + 1) if shards % num == 0]
+    ranks = [num for num in range(1, min(shards, _whole(rest - generator, rank)) + 1) if shards % num == 0]
     most = (max(BOUNDS) + 1) * config.batch_groups
-    return [(min(int((rest - rank * num) / generator), most, 4096), num) for num in ranks]
+    splits = [(min(_whole(rest - rank * num, generator), most, 4096), num) for num in ranks]
+    return [(generators, num) for generators, num in splits if generators]
+
+
+def _whole(budget: float, each: float) -> int:
+    """How many that need `each` fit; shares of GPUs are not exact in binary."""
+    return math.floor(budget / each + 1e-9)
 
 
 def _ideal_s(basis: Basis, generators: int, ranks: int) -> float:

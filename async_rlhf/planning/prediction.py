@@ -28,6 +28,8 @@ class Prediction:
     generator_idle: float
     """Share of the time outside engine steps, as in generate/idle_share."""
     scorer_idle: float
+    reward_idle: float | None
+    """None: there are no reward actors."""
     learner_idle: float
     """Share of the time outside train_step, as in train/idle_share."""
     staleness: Mapping[int, float]

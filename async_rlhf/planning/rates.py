@@ -1,7 +1,6 @@
 """How fast each stage of a run is: read off its metrics, or given in a YAML file."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import yaml
 from async_rlhf.config import Config
 from async_rlhf.errors import ConfigError
 from async_rlhf.planning.lengths import Lengths
-from async_rlhf.stage_times import SETTLED_VERSION, Row
+from async_rlhf.stage_times import SETTLED_VERSION, Row, settled
 
 MIN_UPDATES = 8
 """Settled updates that a measurement takes."""
@@ -35,6 +34,9 @@ class Rates:
     score_call_s: float = 0.0
     score_token_s: float = 0.0
     """Per token of a sequence, prompt included."""
+    reward_call_s: float = 0.0
+    """A reward actor's, as score_call_s; before the scorer's."""
+    reward_token_s: float = 0.0
     take_s: float = 0.0
     """From a batch's decision until the ranks begin."""
     step_fixed_s: float = 0.0
@@ -50,7 +52,7 @@ class Rates:
     export_s: float = 0.0
     """Snapshot of the policy and its way to the broadcaster."""
     book_s: float = 0.0
-    """Between the push of an update and the learner's next question."""
+    """Between the push of an update and the learner's next question; without checkpoints and restarts."""
     transfer_s: float = 0.0
     """From a version's publication until a generator has it, checked."""
     pause_s: float = 0.0
@@ -105,13 +107,13 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths) -> Rat
     Raises:
         ConfigError: fewer than MIN_UPDATES settled updates, or rows without the keys that this takes.
     """
-    spans = _settled(rows)
+    spans = _spans(rows)
     if len(spans) < MIN_UPDATES:
         raise ConfigError(
             f"the run has {len(spans)} whole updates after its first {SETTLED_VERSION} and before its last one, a measurement takes "
             f"{MIN_UPDATES}; train longer, or give rates (--rates)"
         )
-    update_s = measured_update_s(rows)
+    update_s = float(np.mean([seconds for seconds, _ in spans]))
 
     def mean(key: str) -> float:
         return float(np.mean([row.get(key, 0.0) for _, row in spans]))
@@ -122,7 +124,9 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths) -> Rat
     prepare_s, optimizer_s = mean("train/prepare_s"), mean("train/optimizer_s")
     passes_s = mean("train/forward_backward_s") or max(0.0, step_s - prepare_s - optimizer_s)
     fixed, per_completion = _engine(spans, config)
-    call_s, token_s = _scorer(spans, config, lengths)
+    group_tokens = config.completions_per_prompt * lengths.mean_sequence_tokens
+    call_s, token_s = _raters(spans, "score", config.scorer.count, group_tokens)
+    reward_call_s, reward_token_s = _raters(spans, "reward", config.reward.count, group_tokens)
     take_s, export_s = mean("train/take_s"), mean("weights/export_s")
     pause_s = min(mean("weights/pause_s") + mean("weights/canary_s") or mean("weights/install_s"), mean("weights/install_s"))
     return Rates(
@@ -130,6 +134,8 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths) -> Rat
         engine_completion_s=per_completion,
         score_call_s=call_s,
         score_token_s=token_s,
+        reward_call_s=reward_call_s,
+        reward_token_s=reward_token_s,
         take_s=take_s,
         step_fixed_s=max(0.0, step_s - prepare_s - passes_s - optimizer_s),
         prepare_token_s=prepare_s * ranks / tokens,
@@ -144,26 +150,24 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths) -> Rat
 
 def measured_update_s(rows: Sequence[Row]) -> float:
     """Mean seconds of a settled update."""
-    spans = _settled(rows)
+    spans = _spans(rows)
     return sum(seconds for seconds, _ in spans) / max(1, len(spans))
 
 
-def _settled(rows: Sequence[Row]) -> list[tuple[float, Row]]:
-    """Seconds and row of each update that says something."""
-    rows = [row for row in rows if row.get("version", 0) > SETTLED_VERSION]
-    needed = (
-        "time_s",
-        "queue/wait_s",
-        "train/step_s",
-        "generate/idle_share",
-        "generate/tokens_per_s",
-        "weights/export_s",
-        "weights/install_s",
-    )
-    rows = [row for row in rows if all(math.isfinite(row.get(key, math.nan)) for key in needed)]
-    spans = [(after["time_s"] - before["time_s"], after) for before, after in itertools.pairwise(rows)]
+def _spans(rows: Sequence[Row]) -> list[tuple[float, Row]]:
+    """Seconds and row of each settled update that holds what a measurement takes."""
+    needed = ("generate/tokens_per_s", "weights/export_s", "weights/install_s")
     # The last update is not like the others: no ticket goes out any more.
-    return [(seconds, row) for seconds, row in spans[:-1] if seconds > 0]
+    return [span for span in settled(rows[:-1]) if all(math.isfinite(span[1].get(key, math.nan)) for key in needed)]
+
+
+def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> tuple[float, float] | None:
+    """Fixed part and slope of the line through the points (least squares); None: they are too few, too near, or show none."""
+    if len(x) < MIN_UPDATES or float(x.std()) < MIN_VARIATION * float(x.mean()):
+        return None
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    fixed = float(y.mean()) - slope * float(x.mean())
+    return (fixed, slope) if slope > 0 and fixed >= 0 else None
 
 
 def _engine(spans: Sequence[tuple[float, Row]], config: Config) -> tuple[float, float]:
@@ -183,35 +187,31 @@ def _engine(spans: Sequence[tuple[float, Row]], config: Config) -> tuple[float, 
     if not concurrency:
         raise ConfigError("the run's rows show no sampling (generate/tokens_per_s, generate/idle_share); give rates (--rates)")
     x, y = np.array(concurrency), np.array(step_s)
-    if float(x.std()) >= MIN_VARIATION * float(x.mean()) and len(x) >= MIN_UPDATES:
-        slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-        fixed = float(y.mean()) - slope * float(x.mean())
-        if slope > 0 and fixed >= 0:
-            return fixed, slope
+    line = _line(x, y)
+    if line is not None:
+        return line
     per_completion = float(y.mean()) / (HALF_RATE_COMPLETIONS + float(x.mean()))
     return HALF_RATE_COMPLETIONS * per_completion, per_completion
 
 
-def _scorer(spans: Sequence[tuple[float, Row]], config: Config, lengths: Lengths) -> tuple[float, float]:
-    """Seconds of a scorer's call: fixed, and per token. Where calls were not counted, all of it grows with the tokens."""
-    rows = [(seconds, row) for seconds, row in spans if "score/idle_share" in row and row.get("score/groups_per_s", 0.0) > 0]
-    if not rows:
+def _raters(spans: Sequence[tuple[float, Row]], pool: str, count: int, group_tokens: float) -> tuple[float, float]:
+    """Seconds of a call of a scorer, or reward actor: fixed, and per token. Where calls were not counted, all of it grows with the tokens.
+
+    Args:
+        pool: `score` or `reward`, as the keys begin; every group goes through both.
+        count: of members.
+    """
+    idle, latency = f"{pool}/idle_share", f"{pool}/latency_s"
+    rows = [(seconds, row) for seconds, row in spans if idle in row and row.get("score/groups_per_s", 0.0) > 0]
+    if not rows or not count:
         return 0.0, 0.0
-    group_tokens = config.completions_per_prompt * lengths.mean_sequence_tokens
-    busy_s = sum(seconds * config.scorer.count * (1 - row["score/idle_share"]) for seconds, row in rows)
+    busy_s = sum(seconds * count * (1 - row[idle]) for seconds, row in rows)
     groups = sum(seconds * row["score/groups_per_s"] for seconds, row in rows)
-    x, y = np.empty(0), np.empty(0)
-    timed = [(seconds, row) for seconds, row in rows if row.get("score/latency_s", 0.0) > 0]
-    if len(timed) >= MIN_UPDATES:
-        y = np.array([row["score/latency_s"] for _, row in timed])
-        calls = np.array([config.scorer.count * (1 - row["score/idle_share"]) / row["score/latency_s"] for _, row in timed])
-        x = np.array([row["score/groups_per_s"] for _, row in timed]) / np.maximum(calls, 1e-9)
-    if len(x) and float(x.std()) >= MIN_VARIATION * float(x.mean()):
-        slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-        fixed = float(y.mean()) - slope * float(x.mean())
-        if slope > 0 and fixed >= 0:
-            return fixed, slope / group_tokens
-    return 0.0, busy_s / (groups * group_tokens)
+    timed = [row for _, row in rows if row.get(latency, 0.0) > 0]
+    calls = np.array([count * (1 - row[idle]) / row[latency] for row in timed])
+    groups_per_call = np.array([row["score/groups_per_s"] for row in timed]) / np.maximum(calls, 1e-9)
+    line = _line(groups_per_call, np.array([row[latency] for row in timed]))
+    return (line[0], line[1] / group_tokens) if line is not None else (0.0, busy_s / (groups * group_tokens))
 
 
 def as_mapping(rates: Rates) -> Mapping[str, float]:

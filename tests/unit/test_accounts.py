@@ -17,7 +17,7 @@ from async_rlhf.tickets import QueueCounters
 from async_rlhf.types import Batch, InstallReport, StepReport
 from tests.support.samples import make_scored, make_ticket
 
-PLAIN_KEYS = {"update", "version", "optimizer_steps", "time_s"}
+PLAIN_KEYS = {"update", "version", "session", "optimizer_steps", "time_s"}
 
 
 INSTALLS = {

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from async_rlhf.commands.plan import Wishes, run_plan
+from async_rlhf.commands.plan import Wishes, assumptions, run_plan
 from async_rlhf.config import Config, to_yaml
 from async_rlhf.config.algorithms import AlgorithmConfig
-from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
+from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, RewardConfig, ScorerConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.planning.cores import Cores
 from async_rlhf.planning.engine import ModelEngine
@@ -24,7 +24,7 @@ from async_rlhf.planning.lengths import Lengths, lognormal_lengths, measured_len
 from async_rlhf.planning.model import calibrated_rates, predict, rates_alone
 from async_rlhf.planning.pipeline import MAX_GENERATORS
 from async_rlhf.planning.plans import Basis, compare, recommend
-from async_rlhf.planning.rates import Rates, measured_rates, read_rates
+from async_rlhf.planning.rates import Rates, measured_rates, measured_update_s, read_rates
 from async_rlhf.rollout_table import GroupFate, write_part
 from async_rlhf.types import Ticket
 from tests.support.samples import make_scored, make_ticket
@@ -160,6 +160,19 @@ def test_synchronous_training_is_the_sum_of_its_stages():
     assert found.update_s == pytest.approx(1.6 + 0.2 + 0.5, rel=0.01) and found.staleness == {0: 1.0}
 
 
+def test_reward_actors_are_a_stage_of_their_own_before_the_scorers():
+    """8 groups of .3 s by one reward actor fill an update; two halve it; the scorer's .1 s overlaps. Synchronously a group passes both."""
+    rates = replace(FAST, reward_call_s=0.3, score_call_s=0.1)
+    one, two = (replace(CONFIG, max_staleness=4, batch_groups=64, reward=RewardConfig(count=count)) for count in (1, 2))
+    one, two = (replace(each, generator=GeneratorConfig(max_inflight=2)) for each in (one, two))
+
+    slow, fast = (predict(config, rates, even(), num_updates=5) for config in (one, two))
+
+    assert (slow.update_s, fast.update_s) == (pytest.approx(64 * 0.3, rel=0.05), pytest.approx(64 * 0.15, rel=0.05))
+    assert slow.reward_idle == pytest.approx(0.0, abs=0.02) and slow.scorer_idle == pytest.approx(2 / 3, abs=0.02)
+    assert predict(CONFIG, rates, even(), num_updates=2).reward_idle is None
+
+
 def test_stages_that_share_one_core_make_the_period_together():
     """1.6 s of sampling and 1 s of training overlap on cores of their own: 1.6 s; on one core: 2.6 s."""
     config = replace(CONFIG, max_staleness=4)
@@ -281,6 +294,35 @@ def test_rates_are_read_off_a_run():
     assert (rates.take_s, rates.export_s, rates.book_s) == (pytest.approx(0.1), pytest.approx(0.05), pytest.approx(0.15))
 
 
+def test_rates_of_reward_actors_are_read_off_a_run():
+    """One of two is busy for .4 s of an update of 2 s in which 8 groups of 20 tokens pass."""
+    config = replace(CONFIG, reward=RewardConfig(count=2))
+    rows = [row | {"reward/idle_share": 0.8, "score/groups_per_s": 4.0} for row in measured_rows()]
+    rates = measured_rates(rows, config, even())
+
+    assert rates.reward_token_s == pytest.approx(0.8 / (8 * 20)) and rates.reward_call_s == 0.0
+    assert measured_rates(rows, CONFIG, even()).reward_token_s == 0.0
+
+
+@pytest.mark.parametrize(("gap_s", "every"), [(40.0, 100), (5.0, 4)], ids=["a restart", "checkpoints"])
+def test_gaps_between_updates_change_no_rate(gap_s: float, every: int):
+    rows = even_rows = measured_rows(30)
+    for index in range(5, len(rows), every):
+        rows = [row | {"time_s": row["time_s"] + (gap_s if number >= index else 0.0)} for number, row in enumerate(rows)]
+
+    found, expected = (measured_rates(each, CONFIG, even()) for each in (rows, even_rows))
+
+    assert found.book_s == pytest.approx(expected.book_s) and measured_update_s(rows) == pytest.approx(2.0)
+    assert found.train_token_s == pytest.approx(expected.train_token_s)
+
+
+def test_updates_of_different_drivers_are_not_paired():
+    rows = [row | {"session": float(number >= 10)} for number, row in enumerate(measured_rows(20))]
+    rows = [row | {"time_s": row["time_s"] + (0.5 if row["session"] else 0.0)} for row in rows]
+
+    assert measured_update_s(rows) == pytest.approx(2.0) and measured_rates(rows, CONFIG, even(prompt=5.0)).book_s == pytest.approx(0.15)
+
+
 def test_passes_over_a_batch_share_its_time():
     twice = replace(CONFIG, algorithm=AlgorithmConfig(epochs_per_batch=2))
 
@@ -358,13 +400,21 @@ def test_larger_groups_draw_their_further_completions_among_the_siblings():
 
 
 def test_calls_take_what_makes_the_measured_run_come_out():
-    """Rows of updates of 2 s, of stages that need less: waiting for calls makes up a part of the rest."""
-    rows = measured_rows()
+    """Rows of updates as long as the model makes them when each call takes 30 ms; from nothing but that length the 30 ms are found."""
+    config, lengths = replace(CONFIG, max_staleness=0), even(prompt=5.0)
+    known = replace(measured_rates(measured_rows(), config, lengths), call_s=0.03)
+    update_s = predict(config, known, lengths, num_updates=20).update_s
+    longer = update_s / 2.0
+    shares = ("generate/running_requests", "generate/tokens_per_s", "score/groups_per_s")  # as much in more time
+    rows = [
+        row
+        | {key: row[key] / longer for key in shares}
+        | {"generate/idle_share": 1 - 0.5 / longer, "score/idle_share": 1 - 0.1 / longer}
+        | {"time_s": row["time_s"] * longer, "queue/wait_s": 1.2 + update_s - 2.0}
+        for row in measured_rows()
+    ]
 
-    found = calibrated_rates(rows, CONFIG, even(prompt=5.0))
-    made = [predict(CONFIG, replace(found, call_s=call_s), even(prompt=5.0), num_updates=20).update_s for call_s in (0.001, found.call_s)]
-
-    assert found.call_s > 0.001 and abs(made[1] - 2.0) <= abs(made[0] - 2.0)
+    assert calibrated_rates(rows, config, lengths).call_s == 0.03
 
 
 # Budgets, and the command
@@ -384,6 +434,20 @@ def test_a_budget_goes_where_the_work_is():
 def test_a_budget_that_holds_no_run_is_refused():
     with pytest.raises(ConfigError, match=r"a budget of 2 cores does not hold a generator .* scorers and rewards 1"):
         recommend(Basis(config=CONFIG, rates=FAST, lengths=even()), 2, "cores")
+
+
+@pytest.mark.parametrize(
+    ("generator", "rank", "budget", "expected"),
+    [(0.2, 0.4, 1, {(3, 1), (1, 2)}), (0.1, 0.3, 1, {(7, 1), (4, 2), (1, 3)}), (0.3, 0.7, 1, {(1, 1)}), (0.5, 0.5, 1, {(1, 1)})],
+)
+def test_shares_of_gpus_are_used_up_without_losing_a_member(generator: float, rank: float, budget: int, expected: set[tuple[int, int]]):
+    """1 - .8 is a little less than .2 in binary: there is room for that generator all the same."""
+    config = replace(
+        CONFIG, batch_groups=12, generator=GeneratorConfig(max_inflight=32, num_gpus=generator), learner=LearnerConfig(num_gpus=rank)
+    )
+    _, plans = recommend(Basis(config=config, rates=FAST, lengths=even()), budget, "gpus")
+
+    assert {(plan.config.generator.count, plan.config.learner.num_ranks) for plan in plans} == expected
 
 
 def test_too_many_combinations_are_refused():
@@ -409,8 +473,33 @@ def test_a_run_is_planned_from_its_own_rates(tmp_path: Path):
 
     plans = json.loads((tmp_path / "plans.json").read_text())["plans"]
     assert [(plan["generators"], plan["max_staleness"]) for plan in plans] == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert "warning: the run used no GPU" in out.getvalue()
     assert "measured in the run: 1,800 updates/h, generators idle 50%, learner idle 75%" in out.getvalue()
     assert (tmp_path / "plans.svg").read_text().count("<svg") == 1 and "recommended" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        (Wishes(), ["used no GPU"]),
+        (Wishes(shared_cores=2), []),
+        (Wishes(gpus=3, shared_cores=2), ["generator.num_gpus and learner.num_gpus 0"]),
+        (Wishes(gpus=3), ["one GPU each is counted", "used no GPU"]),
+        (Wishes(gpus=3, rates=Path("rates.yaml")), ["one GPU each is counted"]),
+    ],
+)
+def test_what_a_plan_assumes_is_said(tmp_path: Path, wishes: Wishes, said: list[str]):
+    found = assumptions(plan_run(tmp_path / "run"), CONFIG, wishes)
+
+    assert len(found) == len(said) and all(part in text for part, text in zip(said, found, strict=True))
+
+
+def test_nothing_is_assumed_of_a_run_that_had_gpus(tmp_path: Path):
+    config = replace(CONFIG, generator=replace(CONFIG.generator, num_gpus=1), learner=LearnerConfig(num_gpus=1))
+    folder = plan_run(tmp_path / "run")
+    (folder / "config.yaml").write_text(to_yaml(config))
+
+    assert assumptions(folder, config, Wishes(gpus=4)) == []
 
 
 def test_given_rates_and_a_budget_are_enough_for_a_recommendation(tmp_path: Path):

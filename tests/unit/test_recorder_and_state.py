@@ -13,8 +13,10 @@ from async_rlhf.evaluation import Evaluation, Sample
 from async_rlhf.evaluation_log import read_accuracies, read_samples, write_samples
 from async_rlhf.recorder import (
     Recorder,
+    keep_config,
     make_run_folder,
     read_rows,
+    rows_of_config,
     write_origin,
     write_summary,
 )
@@ -81,11 +83,26 @@ def test_a_last_line_without_its_end_is_left_out(cut: str, tmp_path: Path):
     assert read_rows(tmp_path) == [{"version": 1}]
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"version": 1}\n{"vers\n{"version": 3}\n')
+@pytest.mark.parametrize("damaged", ['{"vers', "5", "[]", "null", "{}", '"text"', "\x00", "[" * 10000])
+def test_damaged_lines_are_left_out(tmp_path: Path, damaged: str):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"version": 1}}\n{damaged}\n{{"version": 3}}\n')
 
-    with pytest.raises(json.JSONDecodeError):
-        read_rows(tmp_path)
+    assert read_rows(tmp_path) == [{"version": 1}, {"version": 3}]
+
+
+def test_bytes_that_are_no_text_cost_only_their_line(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"version": 1}\n\xff\xfe\n{"version": 3}\n')
+
+    assert read_rows(tmp_path) == [{"version": 1}, {"version": 3}]
+
+
+def test_rows_of_the_config_are_those_since_it_was_changed(tmp_path: Path):
+    record(tmp_path, {"version": 1, "session": 0}, {"version": 2, "session": 1}, {"version": 3, "session": 2})
+    all_rows = rows_of_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("updates: 3\n")
+    keep_config(tmp_path, 1)
+
+    assert len(all_rows) == 3 and [row["version"] for row in rows_of_config(tmp_path)] == [2, 3]
 
 
 def test_a_folder_without_rows_has_none(tmp_path: Path):

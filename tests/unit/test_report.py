@@ -312,6 +312,16 @@ def test_damaged_last_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     assert page_of(folder) == whole
 
 
+@pytest.mark.parametrize("damaged", ["5", '{"vers', "[1]", "null"])
+def test_a_damaged_line_between_the_metrics_keeps_no_run_from_its_report(tmp_path: Path, damaged: str) -> None:
+    folder = run_folder(tmp_path)
+    whole = page_of(folder)
+    file = folder / "metrics.jsonl"
+    file.write_text(f"{damaged}\n" + file.read_text())
+
+    assert page_of(folder) == whole
+
+
 @pytest.mark.parametrize("missing", ["state.json", "config.yaml"])
 def test_folder_that_is_no_run_is_refused_with_a_remedy(tmp_path: Path, missing: str) -> None:
     folder = run_folder(tmp_path)

@@ -6,17 +6,22 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from async_rlhf.commands.drive import _Watcher  # pyright: ignore[reportPrivateUsage]
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.prompts import PromptsConfig, SourceConfig
 from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
+from async_rlhf.progress import Progress
+from async_rlhf.recorder import Recorder, keep_config
 from async_rlhf.run_verdict import RunningVerdict, own_cores, verdict_of_folder
-from async_rlhf.stage_times import WINDOW, stage_times
+from async_rlhf.stage_times import WINDOW, settled, stage_times
+from async_rlhf.state import TrainingState
 from async_rlhf.verdict import Bottleneck, Verdict, verdict_of
 
 CONFIG = Config(batch_groups=64, completions_per_prompt=4, generator=GeneratorConfig(max_inflight=512))
@@ -223,6 +228,57 @@ def test_only_the_last_updates_count():
     assert verdict_of([*before, *after], CONFIG).bottleneck is Bottleneck.GENERATION
 
 
+def late(rows: list[dict[str, float]], index: int, seconds: float) -> list[dict[str, float]]:
+    """The same, with so much more before the update of that index was over."""
+    return [row | {"time_s": row["time_s"] + (seconds if number >= index else 0.0)} for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("gap_s", "every"), [(40.0, 100), (3.0, 10), (8.0, 10)], ids=["a restart", "checkpoints", "long checkpoints"])
+@pytest.mark.parametrize("push", [{}, {"train/take_s": 0.02, "weights/export_s": 0.03}], ids=["push not measured", "push measured"])
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [({"wait": 0.5, "step": 0.45, "busy": 0.95}, Bottleneck.GENERATION), ({"wait": 0.05, "step": 0.9, "busy": 0.4}, Bottleneck.TRAINING)],
+    ids=["generation", "training"],
+)
+def test_gaps_between_updates_change_no_verdict(
+    gap_s: float, every: int, push: dict[str, float], shares: dict[str, float], expected: Bottleneck
+):
+    rows = even = [row | push for row in made_rows(WINDOW + 1, **shares)]
+    for index in range(5, len(rows), every):
+        rows = late(rows, index, gap_s)
+
+    verdict = verdict_of(rows, CONFIG)
+
+    assert verdict.bottleneck is expected and verdict.text == verdict_of(even, CONFIG).text
+
+
+def test_what_is_neither_training_nor_push_is_not_taken_for_a_push():
+    """.45 train_step, .1 push, .45 of something else in every update; it is named."""
+    rows = [row | {"train/take_s": 0.04, "weights/export_s": 0.06} for row in made_rows(wait=0.0, step=0.45, busy=0.5)]
+    times, verdict = stage_times(rows), verdict_of(rows, CONFIG)
+
+    assert times is not None and (times.push_s, times.other_s) == (pytest.approx(0.1), pytest.approx(0.45))
+    assert verdict.bottleneck is Bottleneck.TRAINING and "45 % of the time is neither training nor push" in verdict.text
+    assert verdict.gain == pytest.approx(1 / (0.45 / 4 + 0.55))  # four ranks
+
+
+def test_an_update_in_which_an_actor_was_lost_does_not_count_where_it_took_long():
+    """The learner waited 5 s for a generator to be back: that is no hint on its speed."""
+    rows = late(made_rows(wait=0.1, step=0.85, busy=0.5), 4, 5.0)
+    rows = [row | {"supervision/restarts": float(number >= 4)} for number, row in enumerate(rows)]
+    rows[4]["queue/wait_s"] += 5.0
+
+    assert [row["version"] for _, row in settled(rows)] == [4, 5, 6, 8, 9, 10]
+    assert len(settled([row | {"supervision/restarts": 0.0} for row in rows])) == 7
+
+
+def test_only_updates_that_follow_each_other_in_one_driver_are_settled():
+    rows = made_rows(9, wait=0.5, step=0.4, busy=0.95)
+    rows = [row | {"session": float(number >= 5)} for number, row in enumerate(rows) if number != 2]
+
+    assert [row["version"] for _, row in settled(rows)] == [4, 7, 9, 10, 11]
+
+
 def test_a_pause_that_was_measured_replaces_the_whole_install():
     rows = [row | {"weights/pause_s": 0.01, "weights/canary_s": 0.02} for row in made_rows(wait=0.5, step=0.5, busy=0.6, install=0.3)]
     times = stage_times(rows)
@@ -319,6 +375,19 @@ def test_updates_that_are_trained_again_begin_a_new_verdict():
     assert running.add(rows[2]).bottleneck is Bottleneck.UNKNOWN
 
 
+def test_going_back_to_the_update_just_trained_begins_a_new_verdict_too():
+    """The next row follows the last one in its version, but not in time."""
+    running = RunningVerdict(CONFIG, num_cores=None)
+    watcher = _Watcher(create_autospec(Progress, instance=True), create_autospec(Recorder, instance=True), running)
+    rows = made_rows(wait=0.5, step=0.5, busy=0.95)
+    for row in rows[:-1]:
+        running.add(row)
+
+    watcher.rewound(int(rows[-2]["version"]))
+
+    assert running.add(rows[-1]).bottleneck is Bottleneck.UNKNOWN
+
+
 def test_cores_are_counted_only_for_a_run_that_has_this_machine_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     alone = own_cores(CONFIG)
@@ -341,3 +410,49 @@ def test_a_folder_is_judged_by_its_rows(tmp_path: Path):
     verdict = verdict_of_folder(tmp_path)
 
     assert verdict is not None and verdict.bottleneck is Bottleneck.GENERATION
+
+
+def ended(folder: Path, phase: str, said: object, rows: str = "") -> Path:
+    """A run folder whose driver said something at an end."""
+    lines = "".join(json.dumps(row) + "\n" for row in made_rows(wait=0.5, step=0.5, busy=0.95))
+    (folder / "config.yaml").write_text(to_yaml(CONFIG))
+    (folder / "metrics.jsonl").write_text(rows + lines)
+    fields: dict[str, Any] = {"run_id": "r", "version": 8, "num_updates": 8, "optimizer_steps": 8, "prompts": 1, "completions": 1}
+    fields |= {"tokens": 1, "seed": 0, "phase": phase}
+    (folder / "state.json").write_text(TrainingState(**fields).to_json())
+    (folder / "summary.json").write_text(json.dumps({"verdict": said}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("phase", "said", "text"),
+    [
+        ("finished", "what the driver said", "what the driver said"),
+        ("interrupted", "what the driver said", "what the driver said"),
+        ("training", "of an earlier driver", "learner idle 50 %"),
+        ("finished", None, "learner idle 50 %"),
+        ("finished", ["no text"], "learner idle 50 %"),
+    ],
+)
+def test_a_run_that_ended_has_the_verdict_that_its_driver_gave(tmp_path: Path, phase: str, said: object, text: str):
+    verdict = verdict_of_folder(ended(tmp_path, phase, said))
+
+    assert verdict is not None and verdict.text.startswith(text) and verdict.bottleneck is Bottleneck.GENERATION
+
+
+def test_damaged_lines_do_not_keep_a_folder_from_its_verdict(tmp_path: Path):
+    verdict = verdict_of_folder(ended(tmp_path, "training", None, rows='5\n[1]\n{"vers\nnull\n{}\n'))
+
+    assert verdict is not None and verdict.bottleneck is Bottleneck.GENERATION
+
+
+def test_updates_under_earlier_settings_are_not_judged_with_the_present_ones(tmp_path: Path):
+    folder = ended(tmp_path, "training", None)
+    keep_config(folder, 1)
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"session": row["version"] // 9}) + "\n" for row in made_rows(wait=0.5, step=0.5, busy=0.95))
+    )
+
+    verdict = verdict_of_folder(folder)
+
+    assert verdict is not None and verdict.bottleneck is Bottleneck.UNKNOWN  # two of eight
