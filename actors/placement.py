@@ -156,7 +156,9 @@ class Placement:
         """
         if place in self._places:
             return PlacementGroupSchedulingStrategy(self._places[place].group, self._places[place].index)
-        node = ray.get_runtime_context().get_node_id() if near == HERE else self.nodes().get(near)
+        if near == HERE:  # Ray takes a soft wish lightly, and without this node there is no driver either
+            return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        node = self.nodes().get(near)
         return NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
 
     def nodes(self) -> dict[str, str]:

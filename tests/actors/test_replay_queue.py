@@ -19,7 +19,7 @@ from async_rlhf.journal import Mark, check_mark
 from async_rlhf.journal_frames import segment_path
 from async_rlhf.rollout_table import part_path, read_trained
 from async_rlhf.tasks.start import build_tokenizer
-from async_rlhf.tickets import PutOutcome
+from async_rlhf.tickets import PutOutcome, QueueCounters
 from async_rlhf.types import ScoredGroup, Ticket
 from tests.support.samples import make_scored, plain
 
@@ -548,6 +548,8 @@ def without_refusals(answers: Answers) -> Any:
     def of(answer: Any) -> Any:
         if isinstance(answer, NextBatch | Booked):
             return replace(answer, counters=replace(answer.counters, refused={}))
+        if isinstance(answer, QueueCounters):
+            return replace(answer, refused={})
         return None if isinstance(answer, Mark) else answer
 
     return {name: plain(of(answer)) for name, answer in answers.items()}

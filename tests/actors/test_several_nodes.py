@@ -45,7 +45,8 @@ def test_a_run_on_three_nodes_loses_one_and_trains_every_sample_exactly_once(tmp
     found = audit(folder)
     assert found.problems == () and (found.lost, found.duplicated, found.bound_violations) == (0, 0, 0)
     told = [json.loads(line) for line in incidents.read_text().splitlines()]
-    assert {entry["name"] for entry in told if entry["event"] == "lost"} == {"learner"}
+    lost = {entry["name"] for entry in told if entry["event"] == "lost"}
+    assert "learner" in lost and not lost & {"replay_queue", "training_state"}, "queue and state are on the driver's node"
     assert summary_of(folder)["restarts"]["learner"] >= 1
 
 
