@@ -39,6 +39,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.long
 def test_a_full_object_store_spills_and_a_full_disk_ends_the_run_by_name_and_loses_nothing(tmp_path: Path) -> None:
     """Somebody else fills Ray's shared memory (80 MiB) more than twice over; later the journal may not grow any more."""
     folder, log = tmp_path / "run", tmp_path / "log"

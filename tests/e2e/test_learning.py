@@ -6,10 +6,10 @@ import pytest
 
 from tests.support.command import rows_of, run_cli, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("rloo", marks=pytest.mark.long), pytest.param("bok", marks=pytest.mark.long)])
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "bok"])
 def test_a_short_asynchronous_run_lifts_the_held_out_accuracy(tmp_path: Path, algorithm: str) -> None:
     """DPO's is in test_train.py, with everything else that a run leaves behind."""
     folder = tmp_path / "run"

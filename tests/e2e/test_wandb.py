@@ -70,6 +70,6 @@ def test_rows_config_and_incidents_are_in_its_log_under_one_run_id_and_no_secret
         if each.HasField("history")
     ]
     assert [(row["version"], row["train/loss"]) for row in rows] == [(version, pytest.approx(1 / version)) for version in (1, 2, 3, 3, 4)]
-    assert not [file for file in folder.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert not [file for file in (folder / "wandb").rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
     assert [row["version"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [1, 2, 3, 4]
     assert any("generator-0" in item.value_json for each in of_drivers[1] if each.HasField("summary") for item in each.summary.update)
