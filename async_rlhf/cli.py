@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from async_rlhf import __version__
+from async_rlhf.commands.say import say
 from async_rlhf.commands.signals import Interrupted
 from async_rlhf.errors import AsyncRLHFError, ConfigError, RewardError
 
@@ -154,7 +155,7 @@ def report(run: Folder) -> None:
     """Write the run's report again: one self-contained HTML page."""
     from async_rlhf.report import write_report
 
-    Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+    say(Console(), f"report: {write_report(run)}")
 
 
 @app.command()
@@ -248,7 +249,7 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    say(Console(stderr=True), f"error: {error}", style="bold red")
     sys.exit(code)
 
 

@@ -33,6 +33,8 @@ from async_rlhf.state import write_atomically
 
 HIDDEN = "***"
 """Stands in the saved config for the value of a secret."""
+SECRET_MARKS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""In the name of an environment variable: its value is a secret."""
 
 
 def make_run_folder(config: Config) -> Path:
@@ -72,7 +74,7 @@ def without_secrets(config: Config) -> Config:
 
 def is_secret(name: str) -> bool:
     """Whether an environment variable's name says that its value is nobody's business."""
-    return any(mark in name.upper() for mark in ("TOKEN", "KEY", "SECRET", "PASSWORD"))
+    return any(mark in name.upper() for mark in SECRET_MARKS)
 
 
 class Sink(Protocol):

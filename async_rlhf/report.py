@@ -13,7 +13,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.evaluation import Evaluation
 from async_rlhf.evaluation_log import LATEST, read_evaluation, read_evaluations
 from async_rlhf.intervals import mean_interval
-from async_rlhf.recorder import earlier_configs, read_rows
+from async_rlhf.recorder import SECRET_MARKS, earlier_configs, read_rows
 from async_rlhf.report_curves import render_curves
 from async_rlhf.report_evaluations import render_evaluations
 from async_rlhf.report_samples import GRADED, changes, kinds_of, render_samples
@@ -22,7 +22,7 @@ from async_rlhf.run_verdict import verdict_of_folder
 from async_rlhf.state import TrainingState, read_state, write_atomically
 from async_rlhf.verdict import Verdict
 
-SECRET = re.compile(r"^(\s+[A-Z0-9_]*(?:TOKEN|KEY|SECRET|PASSWORD)[A-Z0-9_]*: ).*$", re.MULTILINE)
+SECRET = re.compile(rf"^(\s+[A-Z0-9_]*(?:{'|'.join(SECRET_MARKS)})[A-Z0-9_]*: ).*$", re.MULTILINE)
 """An environment variable that is named like a secret loses its value: reports are passed around."""
 BOUND = r"^max_staleness: (\d+)"
 ALGORITHM = r"^algorithm:\n(?:  .*\n)*?  name: (\S+)"

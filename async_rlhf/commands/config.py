@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from async_rlhf.commands.say import say
 from async_rlhf.config import load_config
 from async_rlhf.config.fields import named_section
 
@@ -20,7 +21,7 @@ def run_config(files: Sequence[str], overrides: Sequence[str], console: Console)
     for line, key in _lines(loaded.config):
         origin = loaded.origins.get(key, "") if key else ""
         text = f"{line:<46} # {origin}" if origin else line
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
 
 
 def _lines(section: Any, prefix: str = "", indent: str = "") -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from async_rlhf.commands.say import say
 from async_rlhf.dashboard.catalogue import Catalogue
 from async_rlhf.dashboard.folder import is_run
 from async_rlhf.errors import ConfigError
@@ -36,7 +37,7 @@ def run_dashboard(folders: Sequence[Path], port: int, console: Console, *, open_
 
         address = f"http://{HOST}:{listening.getsockname()[1]}/"
         what = ", ".join(folder.resolve().name for folder in folders) or f"the runs in {ROOT.resolve()}"
-        console.print(f"{what}: {address} (Ctrl-C ends it)", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{what}: {address} (Ctrl-C ends it)")
         settings = uvicorn.Config(
             make_app(Catalogue(folders, ROOT)), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from async_rlhf.commands.guard import ECHO_S, beat_s, beating, guard_is_gone, is_guarded, show_life
+from async_rlhf.commands.say import say
 from async_rlhf.commands.signals import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -218,35 +219,34 @@ def _write_ray_address(folder: Path, address: str, namespace: str) -> None:
 
 
 def _say_goodbye(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
     if summary["exit"] != "success":
-        say(f"{summary['exit']} after {summary['updates']} updates: {summary['error']}", "bold red")
+        say(console, f"{summary['exit']} after {summary['updates']} updates: {summary['error']}", style="bold red")
         if summary["exit"] == "failed" and (folder / "error.txt").is_file():
-            say(f"where it happened: {folder / 'error.txt'}")
+            say(console, f"where it happened: {folder / 'error.txt'}")
         if summary["exit_code"] != EXIT_BAD_INPUT:
             at = "the start" if summary["checkpoint"] is None else f"the checkpoint of version {summary['checkpoint']}"
-            say(f"go on, from {at} and the journal: async-rlhf resume {folder}")
+            say(console, f"go on, from {at} and the journal: async-rlhf resume {folder}")
     else:
         say(
+            console,
             f"held-out {summary['metric']} {summary['start_accuracy']:.3f} -> {summary['final_accuracy']:.3f} "
             f"after {summary['updates']} updates "
             f"({summary['prompts']} prompts, {summary['completions']} completions, {summary['tokens']} tokens)",
-            "bold green",
+            style="bold green",
         )
         beside = [f"KL to the reference {summary['kl_nats']:.3f} nats"] if summary["kl_nats"] is not None else []
         if summary["winrate"] is not None:
             beside.append(f"win-rate against {summary['evaluation']['final']['opponent']} {summary['winrate']:.3f}")
         if beside:
-            say(", ".join(beside))
-        say(f"largest staleness trained: {summary['staleness_max']} (bound {summary['max_staleness']})")
+            say(console, ", ".join(beside))
+        say(console, f"largest staleness trained: {summary['staleness_max']} (bound {summary['max_staleness']})")
         say(
+            console,
             f"training took {summary['train_wall_s']:.1f} s of {summary['wall_s']:.1f} s; generators idle "
             f"{summary['generator_idle_share']:.0%}, learner idle {summary['learner_idle_share']:.0%}, both at work at once at least "
-            f"{max(0.0, 1 - summary['generator_idle_share'] - summary['learner_idle_share']):.0%} of it"
+            f"{max(0.0, 1 - summary['generator_idle_share'] - summary['learner_idle_share']):.0%} of it",
         )
         if summary["verdict"]:
-            say(f"verdict: {summary['verdict']}")
-        say(f"policy: {summary['model']}")
-    say(f"report: {folder / 'report.html'}")
+            say(console, f"verdict: {summary['verdict']}")
+        say(console, f"policy: {summary['model']}")
+    say(console, f"report: {folder / 'report.html'}")

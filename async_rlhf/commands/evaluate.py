@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from async_rlhf.commands.evaluation_table import print_findings
 from async_rlhf.commands.resume import read_origin
+from async_rlhf.commands.say import say
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.config.lora import LoraConfig
@@ -114,7 +115,7 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    _say(console, f"model: {subject.folder} ({config.generator.engine}), task {config.task.name}, {len(prompts)} held-out prompts")
+    say(console, f"model: {subject.folder} ({config.generator.engine}), task {config.task.name}, {len(prompts)} held-out prompts")
     assessor = _assessor(subject)
     findings = _find(subject, prompts, assessor, wishes, console)
     findings = _rated_and_compared(subject, prompts, findings, opponent, assessor)
@@ -122,7 +123,7 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
     print_findings(console, findings, numbers, opponent, wishes.samples)
     if wishes.out is not None:
         _write(wishes.out, subject, findings, numbers)
-        _say(console, f"written: {wishes.out}")
+        say(console, f"written: {wishes.out}")
     return 1 if findings.problem else 0
 
 
@@ -186,7 +187,7 @@ def _opponent(config: Config, prompts: Sequence[Prompt], console: Console) -> Op
         return None
     if not config.evaluation.against:
         return references(prompts)
-    _say(console, f"sampling greedy completions of {config.evaluation.against}, to compare with")
+    say(console, f"sampling greedy completions of {config.evaluation.against}, to compare with")
     return opponent_of(config.evaluation.against, ask_model(Path(config.evaluation.against), config), prompts)
 
 
@@ -284,7 +285,3 @@ def _write(file: Path, subject: Subject, findings: Findings, numbers: Mapping[st
         "sampled": [asdict(sample) for sample in findings.sampled.samples] if findings.sampled else [],
     }
     write_atomically(file.resolve(), json.dumps(found, indent=1) + "\n")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from async_rlhf.commands.say import say
 from async_rlhf.evaluation import Evaluation, Findings
 from async_rlhf.opponents import REFERENCES, Opponent
 
@@ -31,18 +32,18 @@ def print_findings(console: Console, findings: Findings, numbers: Mapping[str, f
             )
     console.print(table)
     if "evaluate/reward" in numbers:
-        _say(console, f"reward (greedy): {_with_interval(numbers, 'reward')}")
+        say(console, f"reward (greedy): {_with_interval(numbers, 'reward')}")
     if "evaluate/score_change" in numbers:
-        _say(
+        say(
             console,
             f"change since the start (greedy): {_with_interval(numbers, 'score_change')}, p {numbers['evaluate/score_change_p']:.2g}",
         )
     if "evaluate/winrate" in numbers:
         ties = f"{numbers['evaluate/winrate_ties']:.0f} ties"
         won = _with_interval(numbers, "winrate")
-        _say(console, f"win-rate against {findings.opponent}: {won}, {ties}, p {numbers['evaluate/winrate_p']:.2g}")
+        say(console, f"win-rate against {findings.opponent}: {won}, {ties}, p {numbers['evaluate/winrate_p']:.2g}")
     if findings.problem:
-        _say(console, f"no win-rate: {findings.problem}", "bold red")
+        say(console, f"no win-rate: {findings.problem}", style="bold red")
     if num_samples:
         console.print(_samples_table(findings.greedy, opponent, num_samples))
 
@@ -70,7 +71,3 @@ def _divergence(numbers: Mapping[str, float]) -> str:
         return ""
     error = numbers.get("evaluate/kl_error_nats")
     return f"{numbers['evaluate/kl_nats']:.3f}" + ("" if error is None else f" +- {error:.3f}")
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from async_rlhf.checkpoints import Checkpoint, newest
 from async_rlhf.commands.resume import read_origin
+from async_rlhf.commands.say import say
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError
@@ -57,7 +58,7 @@ def run_export(run: Path, out: Path | None, version: int | None, adapter: bool, 
             policy.save(made, base, config.generator.temperature)
         (made / CARD).write_text(model_card(run, config, state, base=base, adapter=adapter), encoding="utf-8")
     where = f"checkpoint of version {state.version}" if checkpoint is not None else f"finished run, version {state.version}"
-    console.print(f"exported: {folder} ({where})", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"exported: {folder} ({where})")
 
 
 def _checkpoint(run: Path, version: int | None) -> Checkpoint:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from async_rlhf.commands.say import say
 from async_rlhf.config.schema import SupervisionConfig
 from async_rlhf.state import LIVE_PHASES, read_state
 
@@ -49,7 +50,7 @@ def guard(folder: Path, settings: SupervisionConfig, console: Console) -> int:
         left = settings.driver_restarts - number
         what = f"signal {-code}" if code < 0 else f"exit code {code}, without a last word"
         then = "starting it again" if left else "no restart is left (supervision.driver_restarts)"
-        console.print(f"the driver ended by {what}: {then}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"the driver ended by {what}: {then}", style="yellow")
     return 1
 
 

@@ -11,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from async_rlhf.commands.say import say
 from async_rlhf.config import Config, load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.errors import ConfigError
@@ -80,16 +81,16 @@ def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
             bounds=_numbers("--bounds", wishes.bounds, least=0) or [config.max_staleness],
         )
     for text in assumptions(run, config, wishes):
-        console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"warning: {text}", style="yellow")
     console.print(_table(plans, best, scorers_known=basis.rates.score_call_s + basis.rates.score_token_s > 0))
-    _say(console, plans, best, stage_times(rows, window=len(rows)))
+    _show(console, plans, best, stage_times(rows, window=len(rows)))
     if wishes.json is not None:
         write_atomically(wishes.json, json.dumps(_as_json(plans, best, basis.rates), indent=2) + "\n")
     if wishes.plot is not None:
         from async_rlhf.planning.plot import draw_plans
 
         write_atomically(wishes.plot, draw_plans(plans))
-        console.print(f"plot: {wishes.plot}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"plot: {wishes.plot}")
 
 
 def _inputs(words: Sequence[str]) -> tuple[Path | None, Config]:
@@ -177,18 +178,16 @@ def _table(plans: "Sequence[Plan]", best: "Plan | None", *, scorers_known: bool)
     return table
 
 
-def _say(console: Console, plans: "Sequence[Plan]", best: "Plan | None", times: Any) -> None:
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+def _show(console: Console, plans: "Sequence[Plan]", best: "Plan | None", times: Any) -> None:
     if times is not None:
         idle = f"generators idle {times.generators_idle:.0%}, learner idle {times.learner_idle:.0%}"
-        say(f"measured in the run: {3600 / times.update_s:,.0f} updates/h, {idle}")
+        say(console, f"measured in the run: {3600 / times.update_s:,.0f} updates/h, {idle}")
     if best is not None:
         config = best.config
         say(
+            console,
             f"recommended: generator.count={config.generator.count} learner.num_ranks={config.learner.num_ranks} "
-            f"max_staleness={config.max_staleness} ({best.prediction.updates_per_h:,.0f} updates/h)"
+            f"max_staleness={config.max_staleness} ({best.prediction.updates_per_h:,.0f} updates/h)",
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from async_rlhf.commands.resume import read_origin
+from async_rlhf.commands.say import say
 from async_rlhf.commands.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_TERMINATED, end_of, on_ray, until_signal
 from async_rlhf.comparison import Comparison
 from async_rlhf.config import load_config
@@ -58,7 +59,7 @@ class _Replay:
         if self.comparison is not None:
             text += f" {self.comparison.add(done.update, metrics, done.digest)}"
         self.digest = done.digest
-        _say(self.console, text)
+        say(self.console, text)
 
 
 def run_replay(folder: Path, words: Sequence[str], until: int | None, compare: bool, console: Console) -> int:
@@ -81,21 +82,21 @@ def run_replay(folder: Path, words: Sequence[str], until: int | None, compare: b
     comparison = _comparison(folder, extent, count) if compare else None
     sources = ((extent.first_in_journal, "the rollouts dataset"), (extent.num_updates - extent.first_in_journal, "the journal"))
     found = " and ".join(f"{number} in {where}" for number, where in sources if number)
-    _say(console, f"run folder: {folder}", f"batches: {extent.num_updates} ({found}), to be trained again: {count}")
+    say(console, f"run folder: {folder}", f"batches: {extent.num_updates} ({found}), to be trained again: {count}")
     replay = _Replay(plan=plan, extent=extent, count=count, comparison=comparison, console=console)
     code = _execute(replay)
     if code != EXIT_OK:
         return code
-    _say(console, f"{count} updates trained again; digest of the weights after them: {replay.digest}")
+    say(console, f"{count} updates trained again; digest of the weights after them: {replay.digest}")
     if comparison is None:
         return EXIT_OK
-    _say(console, *comparison.verdict())
+    say(console, *comparison.verdict())
     if not comparison.differences:
         return EXIT_OK
     if words:
-        _say(console, f"under other settings than the run's: {' '.join(words)}")
+        say(console, f"under other settings than the run's: {' '.join(words)}")
     if count := _resumes(folder):
-        _say(console, f"the run was resumed {count} times: a setting that this changed holds for all updates of a replay")
+        say(console, f"the run was resumed {count} times: a setting that this changed holds for all updates of a replay")
     return EXIT_FAILED
 
 
@@ -109,7 +110,7 @@ def _plan(folder: Path, words: Sequence[str], console: Console) -> RunPlan:
     config = load_config([own], overrides).config
     given = load_config(overrides=[word for word in overrides if word.startswith("env.")]).config.env
     if left_out := sorted(config.env.keys() - given.keys()):
-        _say(console, f"environment variables of the run are not taken over: {', '.join(left_out)}; give env.NAME=VALUE where one matters")
+        say(console, f"environment variables of the run are not taken over: {', '.join(left_out)}; give env.NAME=VALUE where one matters")
     config = replace(config, env=given)
     origin = read_origin(folder)
     elsewhere = any(word.partition("=")[0].strip() == "model.path" for word in overrides)
@@ -147,7 +148,7 @@ def _execute(replay: _Replay) -> int:
         code, text = end_of(error)
         if code not in (EXIT_INTERRUPTED, EXIT_TERMINATED):
             raise
-        _say(replay.console, text)
+        say(replay.console, text)
         return code
 
 
@@ -163,8 +164,3 @@ async def _train(replay: _Replay, cluster: "Cluster") -> None:
     async with aclosing(retrain(plan, cluster, parts, again, replay.asks_digest)) as updates:
         async for done in updates:
             replay.book(done)
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from async_rlhf.checkpoints import Checkpoint, newest
 from async_rlhf.commands.drive import drive
+from async_rlhf.commands.say import say
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.fields import named_section
 from async_rlhf.config.load import split_arguments
@@ -62,9 +63,9 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     if fixed:
         raise ConfigError(f"resume cannot change {', '.join(fixed)}; start a new run for that (model.path={folder / 'model'})")
     checkpoint, skipped = newest(folder, version)
-    _say(console, *(f"skipped: {problem}" for problem in skipped))
+    say(console, *(f"skipped: {problem}" for problem in skipped))
     if state is not None and state.phase == "finished" and state.version >= config.updates:
-        _say(console, f"{folder} is finished: all {state.version} updates are trained; for more: async-rlhf resume {folder} updates=N")
+        say(console, f"{folder} is finished: all {state.version} updates are trained; for more: async-rlhf resume {folder} updates=N")
         return 0
     check_journal(folder, checkpoint)
     origin = read_origin(folder)
@@ -84,9 +85,9 @@ def _resume(folder: Path, before: Config, config: Config, version: int | None, c
     check_opponent(config.evaluation, held_out_prompts(config, model_folder))
     undo = any(_changes_training(change) for change in changed)
     at = f"checkpoint {checkpoint.folder}" if checkpoint else "version 0: there is no checkpoint"
-    _say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
+    say(console, f"run folder: {folder}", *([f"going on from {at}"] if state else []), *(f"changed: {change}" for change in changed))
     if undo:
-        _say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
+        say(console, "these settings shape the updates: batches after the checkpoint are decided and trained anew")
     session = state.session + 1 if state is not None else 0
     if changed:
         keep_config(folder, session)
@@ -112,7 +113,7 @@ def settle_wishes(folder: Path, count: int, console: Console) -> None:
         settled = scaled_count(folder) == count
     except ConfigError as error:  # a restart by the guard, or by the cluster, has nobody who could mend the file
         settled = False
-        _say(console, f"warning: {error}; going on without it, with generator.count={count}")
+        say(console, f"warning: {error}; going on without it, with generator.count={count}")
     if not settled:
         forget_wishes(folder)
 
@@ -196,8 +197,3 @@ def _changes_training(change: str) -> bool:
     if section == "learner":
         return key not in HARMLESS
     return section in ("algorithm", "updates") or change.startswith(("reward.normalize", "reward.missing_eos_percentile"))
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

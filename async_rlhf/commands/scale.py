@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from async_rlhf.commands.guard import HEARTBEAT
+from async_rlhf.commands.say import say
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import ConfigError, DeadlineError, RunError
 from async_rlhf.scaling import WANTED_FILE, Answer, Wish, make_wish, read_answer, read_wish, write_wish
@@ -45,12 +46,12 @@ def _follow(folder: Path, wish: Wish, timeout_s: float, config: Config, console:
         if answer is not None:
             last = answer.outcome != "working"
             for line in answer.lines[told : len(answer.lines) - last]:
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                say(console, line)
             told = len(answer.lines)
             if answer.outcome == "failed":
                 raise RunError(answer.lines[-1] if answer.lines else "the run did not say why")
             if last:
-                console.print(*answer.lines[-1:], style="bold green", markup=False, highlight=False, soft_wrap=True)
+                say(console, *answer.lines[-1:], style="bold green")
                 return
         if newest is not None and newest.wish_id != wish.wish_id:
             raise RunError(

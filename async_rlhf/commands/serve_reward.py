@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from async_rlhf.commands.say import say
 from async_rlhf.config import load_config
 from async_rlhf.config.load import split_arguments
 from async_rlhf.config.rewards import RewardConfig, RewardPartConfig
@@ -53,11 +54,9 @@ def run_serve_reward(words: Sequence[str], function: str, model: Path | None, pl
 
         port = listening.getsockname()[1]
         host = f"[{place.host}]" if ":" in place.host else place.host
-        console.print(
+        say(
+            console,
             f"serving {name} at http://{host}:{port}/score {'to who knows the token' if token else 'to this machine, without a token'}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
         app = Guard(make_app(reward, name), token, int(place.max_request_mib * (1 << 20)))
         settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)

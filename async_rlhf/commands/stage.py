@@ -12,6 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from async_rlhf.commands.say import say
 from async_rlhf.commands.signals import interruptible, on_ray, until_signal
 from async_rlhf.config.schema import Config
 from async_rlhf.config.stages import RelabelConfig, RewardModelConfig, SFTConfig
@@ -41,11 +42,6 @@ def run_stage(job: StageJob, console: Console, *, in_process: bool = False) -> P
     for line in result.lines:
         say(console, line)
     return result.target
-
-
-def say(console: Console, line: str) -> None:
-    """Print one line as it is: no markup, no highlighting, no wrapping of paths."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def with_absolute_paths(config: Config) -> Config:

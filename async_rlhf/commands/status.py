@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from async_rlhf.commands.say import say
 from async_rlhf.run_verdict import verdict_of_folder
 from async_rlhf.state import LIVE_PHASES, STATE_ACTOR_FILE, TrainingState, read_state
 
@@ -35,9 +36,9 @@ def run_status(folder: Path, console: Console) -> None:
     console.print(_table(state))
     verdict = verdict_of_folder(folder)
     if verdict is not None:
-        console.print(f"verdict: {verdict.text}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"verdict: {verdict.text}")
     age_s = time.time() - state.updated_at
-    console.print(f"as of {age_s:.0f} s ago, from {source}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"as of {age_s:.0f} s ago, from {source}")
 
 
 def _table(state: TrainingState) -> Table:

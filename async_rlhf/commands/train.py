@@ -9,6 +9,7 @@ from async_rlhf.commands.drive import drive
 from async_rlhf.commands.guard import guard
 from async_rlhf.commands.proxy import check_own_proxies, with_own_proxies, without_own_proxies
 from async_rlhf.commands.resume import run_resume
+from async_rlhf.commands.say import say
 from async_rlhf.commands.sft import run_sft
 from async_rlhf.config import Config
 from async_rlhf.config.checks import warnings_of
@@ -35,12 +36,7 @@ def run_or_resume(config: Config, console: Console) -> int:
     folder = Path(config.run.dir).resolve()
     if not (folder / "config.yaml").is_file():
         return run_train(config, console)
-    console.print(
-        f"{folder} holds a run: going on with it, by its own settings (others: async-rlhf resume {folder} key=value)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"{folder} holds a run: going on with it, by its own settings (others: async-rlhf resume {folder} key=value)")
     if config.supervision.driver_restarts:
         return guard(folder, config.supervision, console)
     return run_resume(folder, [], None, console)
@@ -59,7 +55,7 @@ def run_train(config: Config, console: Console) -> int:
     check_own_proxies(config)
     check_wandb(config)
     for warning in warnings_of(config):
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning}", style="yellow")
     if config.algorithm.ppo.critic.path:
         check_critic_folder(Path(config.algorithm.ppo.critic.path))
     if config.model.path:
@@ -76,7 +72,7 @@ def run_train(config: Config, console: Console) -> int:
     config = with_absolute_paths(config)
     check_opponent(config.evaluation, held_out_prompts(config, model_folder))
     folder = make_run_folder(config)
-    console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"run folder: {folder}")
     plan = RunPlan(config=config, run_folder=folder, model_folder=model_folder, reward=reward, metric=metric)
     write_origin(plan)
     if config.supervision.driver_restarts:
