@@ -4,6 +4,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Test files at once: much of a run on real parts is waiting for processes to start.
 WORKERS := 2
+# In this order; each says by --help what it measures and what it is to reach.
+BENCHMARKS := startup generator learner weights queue overlap sync_vs_async peers soak plan scaling bias learning chaos gpu
 
 .PHONY: demo test setup lint bench clean
 
@@ -18,14 +20,11 @@ lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-bench: setup           ## Everything that is timed, or takes long (about an hour and a half)
-	$(PY) benchmarks/startup.py
-	$(PY) benchmarks/bias.py
-	$(PY) benchmarks/learning.py
-	$(PY) benchmarks/chaos.py
-	$(PY) benchmarks/plan.py
-	$(PY) benchmarks/scaling.py
-	$(PY) -m pytest -m long
+bench: setup           ## Everything that is timed, or takes long (some hours); `make bench ARGS=--quick` for a look, BENCHMARKS="queue" for one
+	@missed=""; for name in $(BENCHMARKS); do \
+	  echo "== benchmarks/$$name.py $(ARGS)"; $(PY) benchmarks/$$name.py $(ARGS) || missed="$$missed $$name"; \
+	done; $(PY) -m pytest -m long || missed="$$missed pytest"; \
+	if [ -n "$$missed" ]; then echo "failed:$$missed" >&2; exit 1; fi
 
 setup: $(STAMP)        ## The virtual environment with everything in it
 
