@@ -16,10 +16,11 @@ greedy held-out accuracy is TARGET, looked at every EVERY updates. TRL's clock s
 beside training, and goes on.
 """
 
+import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ COMPLETIONS = 64
 MAX_STALENESS = 2
 WARM_UP = 3
 """Updates at the beginning that do not count, on both sides."""
-TARGET, EVERY = 0.75, 10
-ACCURACY_UPDATES, ACCURACY_COMPLETIONS = 260, 256
+TARGET, EVERY = 0.7, 10
+ACCURACY_UPDATES, ACCURACY_COMPLETIONS = 200, 256
 UPDATES = {("1m", "ours"): 40, ("10m", "ours"): 20, ("50m", "ours"): 12, ("1m", "trl"): 13, ("10m", "trl"): 8, ("50m", "trl"): 6}
 BEST = {"processes": 2, "threads": 1, "microbatch": 32, "steps_per_generation": 1, "continuous": False, "bf16": False}
 """TRL's setting, as --tune finds it."""
@@ -48,6 +49,20 @@ TUNED: dict[str, Mapping[str, Any]] = {
     "2 processes, bf16 autocast": {"bf16": True},
 }
 GOALS = [Goal(metric=f"speedup_{name}", at_least=1.5) for name in ("rloo", "grpo", "online_dpo")]
+
+
+Measured = dict[str, list[float]]
+"""What each round gave: of `ours` and `trl` the rate or the time, of `ours_tokens` and `trl_tokens` the mean length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """One run of each side, as something to measure."""
+
+    ours: Callable[[], float]
+    trl: Callable[[], float]
+    lengths: Measured
+    """Filled by the runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +165,8 @@ def speed_settings(case: Case, folder: Path, updates: int) -> dict[str, Any]:
     }
 
 
-def speed(case: Case, folder: Path, python: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Completions per second of each side in each round, and the mean lengths that were trained."""
+def speed(case: Case, folder: Path, python: Path) -> Sides:
+    """Completions per second of one run of each side; further: the mean lengths trained."""
     lengths: dict[str, list[float]] = {"ours": [], "trl": []}
 
     def ours() -> float:
@@ -164,50 +179,62 @@ def speed(case: Case, folder: Path, python: Path, rounds: int) -> tuple[dict[str
         lengths["trl"].append(statistics.mean(row["length_tokens"] for row in rows))
         return rate(rows, COMPLETIONS, first=WARM_UP)
 
-    return in_turn({"ours": ours, "trl": trl}, rounds), lengths
+    return Sides(ours, trl, lengths)
 
 
-def accuracy(folder: Path, python: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of training to the target of each side in each round, each with a seed of its own."""
+def accuracy(folder: Path, python: Path, seed: int) -> Sides:
+    """Seconds of training to the target of one run of each side; each round has a seed of its own, the first one `seed`."""
     start, problems = make_start(), make_problems(folder)
-    used = {"ours": 0, "trl": 0}
+    seeds = {"ours": itertools.count(seed), "trl": itertools.count(seed)}
     settings = {**BEST, **problems, "algorithm": "rloo", "model": str(start), "reward": "exact", "max_new_tokens": 8, "group": 4}
     settings |= {"updates": ACCURACY_UPDATES, "completions": ACCURACY_COMPLETIONS, "microbatch": ACCURACY_COMPLETIONS // BEST["processes"]}
     settings |= {"learning_rate": 6e-4, "warmup_steps": 20, "evaluate_every": EVERY, "target": TARGET}
 
     def ours() -> float:
-        words = [
-            "conf/quickstart.yaml",
-            "algorithm=rloo",
-            f"updates={ACCURACY_UPDATES}",
-            "learner.learning_rate=6e-4",
-            f"seed={used['ours']}",
-        ]
-        used["ours"] += 1
-        rows, looks = train_ours([*words, f"model.path={start}", f"evaluation.every_updates={EVERY}"])
+        words = ["conf/quickstart.yaml", "algorithm=rloo", f"updates={ACCURACY_UPDATES}", "learner.learning_rate=6e-4"]
+        words += [f"model.path={start}", f"evaluation.every_updates={EVERY}", f"seed={next(seeds['ours'])}"]
+        rows, looks = train_ours(words)
         times_s = {0: 0.0, **{row["version"]: row["time_s"] for row in rows}}
         return time_to(TARGET, times_s, [(look["version"], look["evaluate/score"]) for look in looks])
 
     def trl() -> float:
-        rows = train_trl(python, {**settings, "seed": used["trl"]})
-        used["trl"] += 1
+        rows = train_trl(python, {**settings, "seed": next(seeds["trl"])})
         looks = [(row["update"], row["accuracy"]) for row in rows if "accuracy" in row]
         return time_to(TARGET, {row["update"]: row["time_s"] for row in rows}, looks)
 
-    return in_turn({"ours": ours, "trl": trl}, rounds)
+    return Sides(ours, trl, {})
 
 
-def tune(case: Case, folder: Path, python: Path) -> None:
+def measure(case: Case, python: Path, rounds: int, known: Measured) -> Measured:
+    """What was known of a case, and further rounds of it."""
+    num_known = len(known.get("ours", ()))
+    with tempfile.TemporaryDirectory() as folder:
+        sides = speed(case, Path(folder), python) if case.size else accuracy(Path(folder), python, num_known)
+        measures = {"ours": sides.ours, "trl": sides.trl}
+        if num_known % 2:
+            measures = dict(reversed(measures.items()))
+        found = in_turn(measures, rounds) | {f"{side}_tokens": tokens for side, tokens in sides.lengths.items()}
+    return {name: [*known.get(name, ()), *values] for name, values in found.items()}
+
+
+def summary(case: Case, found: Measured) -> tuple[dict[str, float], tuple[object, ...]]:
+    """The metrics of a case and its row in the table."""
+    ratio = ratios(found["ours"], found["trl"]) if case.size else ratios(found["trl"], found["ours"])
+    ours, trl = Spread.of(found["ours"]), Spread.of(found["trl"])
+    tokens = " / ".join(f"{statistics.mean(found[name]):.1f}" for name in ("ours_tokens", "trl_tokens") if name in found)
+    row = (case.metric, "completions/s" if case.size else f"s to {TARGET}", ours, trl, ratio, tokens)
+    return {case.metric: ratio.median, f"{case.metric}_ours": ours.median, f"{case.metric}_trl": trl.median}, row
+
+
+def tune(case: Case, python: Path) -> None:
     """TRL's rate with each of TUNED."""
-    rows = []
-    for name, changed in TUNED.items():
-        try:
-            found = train_trl(python, {**speed_settings(case, folder, WARM_UP + 3), **changed})
-            rows.append((name, rate(found, COMPLETIONS, first=WARM_UP)))
-        except SystemExit as error:
-            rows.append((name, str(error).strip().splitlines()[-1][:90]))
-        console(f"{name}: {rows[-1][1]}")
-    show(f"TRL, {case.algorithm}, {case.size}, {case.lengths}: completions/s", ("setting", "completions/s"), rows)
+    rows: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changed in TUNED.items():
+            found = train_trl(python, {**speed_settings(case, Path(folder), 4), **changed})
+            rows.append((name, rate(found, COMPLETIONS, first=1)))
+            console(f"{name}: {rows[-1][1]:.3g}")
+    show(f"TRL, {case.algorithm}, {case.size}, {case.lengths}", ("setting", "completions/s"), rows)
 
 
 def main() -> None:
@@ -215,38 +242,31 @@ def main() -> None:
     full = [f"{name}:10m:long" for name in ALGORITHMS] + ["rloo:accuracy", "rloo:10m:fixed"]
     full += [f"rloo:{size}:{lengths}" for size in ("1m", "50m") for lengths in LENGTHS]
     parser = command_line(__doc__, "RLOO at 10M long-tailed and at 1M fixed, one round")
-    parser.add_argument("--cases", default="", help=f"comma-separated; default: {','.join(full)}")
-    parser.add_argument("--rounds", type=int, default=2, help="of each case (default 2)")
+    parser.add_argument("--cases", default="", help=f"comma-separated; default: {', '.join(full)}")
+    parser.add_argument("--rounds", type=int, default=2, help="of each case (default 2); rounds that FILE of --json holds already are kept")
     parser.add_argument("--tune", action="store_true", help="TRL's rate with several of its settings, for each case; no comparison")
     arguments = parser.parse_args()
-    rounds = 1 if arguments.quick else arguments.rounds
     names = arguments.cases.split(",") if arguments.cases else ["rloo:10m:long", "rloo:1m:fixed"] if arguments.quick else full
-    cases = [Case.of(name) for name in names]
+    cases = {name: Case.of(name) for name in names}
     python = trl_python()
-    # What an earlier call measured stays: the cases may be measured in several calls.
-    known = json.loads(arguments.json.read_text())["metrics"] if arguments.json and arguments.json.is_file() else {}
-    table: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for case in cases:
-            folder = Path(temporary)
-            if arguments.tune:
-                tune(case, folder, python)
-                continue
-            if case.size:
-                found, lengths = speed(case, folder, python, rounds)
-                ratio = ratios(found["ours"], found["trl"])
-                tokens = " / ".join(f"{statistics.mean(lengths[side]):.1f}" for side in found)
-            else:
-                found, tokens = accuracy(folder, python, rounds), ""
-                ratio = ratios(found["trl"], found["ours"])
-            unit = "completions/s" if case.size else f"s to {TARGET}"
-            table.append((case.metric, unit, str(Spread.of(found["ours"])), str(Spread.of(found["trl"])), str(ratio), tokens))
-            known |= {case.metric: ratio.median, f"{case.metric}_ours": Spread.of(found["ours"]).median}
-            known |= {f"{case.metric}_trl": Spread.of(found["trl"]).median}
-            console(" ".join(map(str, table[-1])))
-    show("async-rlhf against TRL", ("case", "unit", "ours", "TRL", "speedup", "tokens, ours / TRL"), table)
+    if arguments.tune:
+        for case in cases.values():
+            tune(case, python)
+        return
+    known = json.loads(arguments.json.read_text())["rounds"] if arguments.json and arguments.json.is_file() else {}
+    for name, case in cases.items():
+        known[name] = measure(case, python, 1 if arguments.quick else arguments.rounds, known.get(name, {}))
+        console("  ".join(map(str, summary(case, known[name])[1])))
+        if arguments.json:
+            # At once: a long benchmark may be cut short.
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps({"rounds": known}))
+    summaries = [summary(Case.of(name), known[name]) for name in known]
+    show("async-rlhf against TRL", ("case", "unit", "ours", "TRL", "speedup", "tokens"), [row for _, row in summaries])
     console(trl_versions(python))
-    finish(arguments, known, GOALS)
+    finish(arguments, {metric: value for metrics, _ in summaries for metric, value in metrics.items()}, GOALS)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**json.loads(arguments.json.read_text()), "rounds": known}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

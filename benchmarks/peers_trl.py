@@ -43,7 +43,7 @@ def train(settings: dict[str, Any]) -> None:
         return globals()[settings["reward"]](prompts, completions, **columns)
 
     watch = make_watch(settings, tokenizer, lengths)
-    given = {"train_dataset": rows, "processing_class": tokenizer, "reward_funcs": reward, "callbacks": [watch]}
+    given: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "reward_funcs": reward, "callbacks": [watch]}
     arguments, sampled = common(settings), {"temperature": 1.0}
     if settings["algorithm"] == "dpo":
         config = OnlineDPOConfig(**arguments, **sampled, max_new_tokens=settings["max_new_tokens"], max_length=512, beta=[0.1])
