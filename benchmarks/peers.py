@@ -31,16 +31,17 @@ from peers_setup import ALGORITHMS, LENGTHS, SIZES, make_model, make_problems, m
 
 COMPLETIONS = 64
 MAX_STALENESS = 2
-WARM_UP = 3
-"""Updates at the beginning that do not count, on both sides."""
+WARM_UP = {"ours": 4, "trl": 2}
+"""Updates at the beginning that do not count: ours fills its queue first."""
 TARGET, EVERY = 0.7, 10
 ACCURACY_UPDATES, ACCURACY_COMPLETIONS = 200, 256
-UPDATES = {("1m", "ours"): 40, ("10m", "ours"): 20, ("50m", "ours"): 12, ("1m", "trl"): 13, ("10m", "trl"): 8, ("50m", "trl"): 6}
+UPDATES = {("1m", "ours"): 40, ("10m", "ours"): 13, ("50m", "ours"): 12, ("1m", "trl"): 14, ("10m", "trl"): 6, ("50m", "trl"): 5}
 BEST = {"processes": 2, "threads": 1, "microbatch": 32, "steps_per_generation": 1, "continuous": False, "bf16": False}
 """TRL's setting, as --tune finds it."""
 TUNED: dict[str, Mapping[str, Any]] = {
     "2 processes, batch in 1 pass": {},
     "2 processes, batch in 4 passes": {"microbatch": 8, "steps_per_generation": 4},
+    "2 processes, sampled in 2 parts": {"microbatch": 16},
     "2 processes, sampled in 4 parts": {"microbatch": 8},
     "1 process, 2 threads, 1 pass": {"processes": 1, "threads": 2, "microbatch": 64},
     "1 process, 2 threads, 4 passes": {"processes": 1, "threads": 2, "microbatch": 16, "steps_per_generation": 4},
@@ -165,33 +166,34 @@ def speed_settings(case: Case, folder: Path, updates: int) -> dict[str, Any]:
     }
 
 
-def speed(case: Case, folder: Path, python: Path) -> Sides:
+def speed(case: Case, folder: Path, python: Path, seed: int) -> Sides:
     """Completions per second of one run of each side; further: the mean lengths trained."""
+    seeds = {"ours": itertools.count(seed), "trl": itertools.count(seed)}
     lengths: dict[str, list[float]] = {"ours": [], "trl": []}
 
     def ours() -> float:
-        rows, _ = train_ours(speed_words(case, folder, UPDATES[case.size, "ours"]))
+        rows, _ = train_ours([*speed_words(case, folder, UPDATES[case.size, "ours"]), f"seed={next(seeds['ours'])}"])
         lengths["ours"].append(statistics.mean(row["rollout/length_tokens"] for row in rows))
-        return rate(rows, COMPLETIONS, first=WARM_UP, last=MAX_STALENESS + 1)
+        return rate(rows, COMPLETIONS, first=WARM_UP["ours"], last=MAX_STALENESS + 1)
 
     def trl() -> float:
-        rows = train_trl(python, speed_settings(case, folder, UPDATES[case.size, "trl"]))
+        rows = train_trl(python, {**speed_settings(case, folder, UPDATES[case.size, "trl"]), "seed": next(seeds["trl"])})
         lengths["trl"].append(statistics.mean(row["length_tokens"] for row in rows))
-        return rate(rows, COMPLETIONS, first=WARM_UP)
+        return rate(rows, COMPLETIONS, first=WARM_UP["trl"])
 
     return Sides(ours, trl, lengths)
 
 
-def accuracy(folder: Path, python: Path, seed: int) -> Sides:
+def accuracy(case: Case, folder: Path, python: Path, seed: int) -> Sides:
     """Seconds of training to the target of one run of each side; each round has a seed of its own, the first one `seed`."""
     start, problems = make_start(), make_problems(folder)
     seeds = {"ours": itertools.count(seed), "trl": itertools.count(seed)}
-    settings = {**BEST, **problems, "algorithm": "rloo", "model": str(start), "reward": "exact", "max_new_tokens": 8, "group": 4}
+    settings = {**BEST, **problems, "algorithm": case.algorithm, "model": str(start), "reward": "exact", "max_new_tokens": 8, "group": 4}
     settings |= {"updates": ACCURACY_UPDATES, "completions": ACCURACY_COMPLETIONS, "microbatch": ACCURACY_COMPLETIONS // BEST["processes"]}
     settings |= {"learning_rate": 6e-4, "warmup_steps": 20, "evaluate_every": EVERY, "target": TARGET}
 
     def ours() -> float:
-        words = ["conf/quickstart.yaml", "algorithm=rloo", f"updates={ACCURACY_UPDATES}", "learner.learning_rate=6e-4"]
+        words = ["conf/quickstart.yaml", f"algorithm={case.algorithm}", f"updates={ACCURACY_UPDATES}", "learner.learning_rate=6e-4"]
         words += [f"model.path={start}", f"evaluation.every_updates={EVERY}", f"seed={next(seeds['ours'])}"]
         rows, looks = train_ours(words)
         times_s = {0: 0.0, **{row["version"]: row["time_s"] for row in rows}}
@@ -209,7 +211,8 @@ def measure(case: Case, python: Path, rounds: int, known: Measured) -> Measured:
     """What was known of a case, and further rounds of it."""
     num_known = len(known.get("ours", ()))
     with tempfile.TemporaryDirectory() as folder:
-        sides = speed(case, Path(folder), python) if case.size else accuracy(Path(folder), python, num_known)
+        make = speed if case.size else accuracy
+        sides = make(case, Path(folder), python, num_known)
         measures = {"ours": sides.ours, "trl": sides.trl}
         if num_known % 2:
             measures = dict(reversed(measures.items()))
@@ -253,7 +256,7 @@ def main() -> None:
         for case in cases.values():
             tune(case, python)
         return
-    known = json.loads(arguments.json.read_text())["rounds"] if arguments.json and arguments.json.is_file() else {}
+    known = json.loads(arguments.json.read_text()).get("rounds", {}) if arguments.json and arguments.json.is_file() else {}
     for name, case in cases.items():
         known[name] = measure(case, python, 1 if arguments.quick else arguments.rounds, known.get(name, {}))
         console("  ".join(map(str, summary(case, known[name])[1])))
