@@ -4,8 +4,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # Test files at once: much of a run on real parts is waiting for processes to start.
 WORKERS := 2
+# replay_queue and not queue: a script's folder comes first on its path, and torch and ray import the standard queue.
 # In this order; each says by --help what it measures and what it is to reach.
-BENCHMARKS := startup generator learner weights queue overlap sync_vs_async peers soak plan scaling bias learning chaos gpu
+BENCHMARKS := startup generator learner weights replay_queue overlap sync_vs_async peers soak plan scaling bias learning chaos gpu
 
 .PHONY: demo test setup lint bench clean
 
@@ -20,7 +21,7 @@ lint: setup            ## Format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-bench: setup           ## Everything that is timed, or takes long (some hours); `make bench ARGS=--quick` for a look, BENCHMARKS="queue" for one
+bench: setup           ## Everything that is timed, or takes long (some hours); `make bench ARGS=--quick` for a look, BENCHMARKS="replay_queue" for one
 	@missed=""; for name in $(BENCHMARKS); do \
 	  echo "== benchmarks/$$name.py $(ARGS)"; $(PY) benchmarks/$$name.py $(ARGS) || missed="$$missed $$name"; \
 	done; $(PY) -m pytest -m long || missed="$$missed pytest"; \
