@@ -34,7 +34,7 @@ MAX_STALENESS = 2
 WARM_UP = {"ours": 4, "trl": 2}
 """Updates at the beginning that do not count: ours fills its queue first."""
 TARGET, EVERY = 0.7, 10
-ACCURACY_UPDATES, ACCURACY_COMPLETIONS = 200, 256
+ACCURACY_UPDATES, ACCURACY_COMPLETIONS = 150, 256
 UPDATES = {("1m", "ours"): 40, ("10m", "ours"): 13, ("50m", "ours"): 12, ("1m", "trl"): 14, ("10m", "trl"): 6, ("50m", "trl"): 5}
 BEST = {"processes": 2, "threads": 1, "microbatch": 32, "steps_per_generation": 1, "continuous": False, "bf16": False}
 """TRL's setting, as --tune finds it."""
