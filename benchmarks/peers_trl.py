@@ -54,9 +54,12 @@ def train(settings: dict[str, Any]) -> None:
     else:
         sampled |= {"num_generations": settings["group"], "max_completion_length": settings["max_new_tokens"]}
         sampled |= {
-            "use_transformers_continuous_batching": settings["continuous"],
             "steps_per_generation": settings["steps_per_generation"],
+            "use_transformers_continuous_batching": settings["continuous"],
         }
+        if settings["continuous"]:
+            # By default its cache takes half of the memory, and is made anew in each call.
+            sampled |= {"transformers_continuous_batching_config": {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 64}}
         if settings["algorithm"] == "rloo":
             trainer = RLOOTrainer(model=settings["model"], args=RLOOConfig(**arguments, **sampled, beta=0.05), **given)
         else:
