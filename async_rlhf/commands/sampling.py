@@ -67,6 +67,8 @@ def policy_of(model: Path, words: list[str]) -> FinishedPolicy:
     config = load_config([model / "config.yaml", *files] if of_run else files, overrides).config
     config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
     folder = (model / "model").resolve() if of_run else model_folder("MODEL", str(model))
+    if not folder.is_dir():
+        raise ConfigError(f"{model} is no folder; give a Hugging Face model folder, a hub id, or the folder of a finished run")
     check_model_folder(folder)
     return FinishedPolicy(folder=folder, config=config, of_run=of_run)
 
