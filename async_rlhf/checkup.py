@@ -151,7 +151,7 @@ def check_working(name: str) -> Check:
     """Whether a library works here, and what it says it is."""
     remedy = "make setup; beside torch+cpu: pip uninstall torchvision torchaudio torchcodec"
     if name == "ray":
-        remedy = "is RAY_ADDRESS right, and the token (docs/cluster.md)? Without RAY_ADDRESS a Ray is started here"
+        remedy = "on a cluster: is the token there, and readable (docs/cluster.md)?"
     try:
         done = subprocess.run(
             [sys.executable, "-c", WORKING[name]], capture_output=True, text=True, timeout=WORKING_S, env={**os.environ, **_QUIET}
