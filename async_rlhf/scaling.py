@@ -67,7 +67,12 @@ def make_wish(words: Sequence[str]) -> Wish:
 
 
 def write_wish(folder: Path, wish: Wish) -> None:
-    """Say to the run's driver what it shall do."""
+    """Say to the run's driver what it shall do.
+
+    Raises:
+        ConfigError: something else than a file is in its place.
+    """
+    _check_kind(folder / WANTED_FILE)
     write_atomically(folder / WANTED_FILE, json.dumps(asdict(wish)) + "\n")
 
 
@@ -117,12 +122,14 @@ def scaled_count(folder: Path) -> int | None:
 
 
 def forget_wishes(folder: Path) -> None:
-    """They are in the config now, or overruled by it."""
-    for name in (WANTED_FILE, SCALED_FILE):
-        (folder / name).unlink(missing_ok=True)
+    """They are in the config now, or overruled by it. A folder in the place of one holds none, and stays."""
+    for file in (folder / WANTED_FILE, folder / SCALED_FILE):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:
+    _check_kind(file)
     try:
         with file.open("rb") as stream:
             fields = json.loads(stream.read(MAX_BYTES))
@@ -133,6 +140,12 @@ def _read(file: Path) -> Mapping[str, Any] | None:
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} must hold an object, got {type(fields).__name__}; delete it, and ask again")
     return fields  # pyright: ignore[reportUnknownVariableType]
+
+
+def _check_kind(file: Path) -> None:
+    """Opening a pipe would wait for its writer, and a folder cannot be replaced."""
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"{file} must be a file, got a {'folder' if file.is_dir() else 'device or pipe'}; delete it, and ask again")
 
 
 def _checked(fields: Mapping[str, Any]) -> Wish:

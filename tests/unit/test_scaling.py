@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,33 @@ def test_resume_warns_of_a_wish_that_holds_nonsense_and_goes_on_without_it(tmp_p
     assert config.generator.count == 2 and scaled_count(folder) is None
     said = console.export_text()
     assert said.startswith("warning: ") and file in said and "going on without it, with generator.count=2" in said
+
+
+@pytest.mark.parametrize("kind", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.parametrize("file", [WANTED_FILE, SCALED_FILE])
+def test_resume_warns_of_what_is_no_file_and_goes_on_without_it(
+    tmp_path: Path, console: Console, file: str, kind: Callable[[Path], None]
+) -> None:
+    folder = make_run(tmp_path / "run", "interrupted", "generator.count=2")
+    write_wish(folder, Wish(wish_id="w", generators=4))
+    (folder / file).unlink(missing_ok=True)
+    kind(folder / file)
+
+    _, config = resumed_configs(folder, ())
+    settle_wishes(folder, config.generator.count, console)
+
+    assert config.generator.count == 2
+    assert f"{file} must be a file, got a " in console.export_text()
+
+
+def test_scale_says_that_a_folder_is_in_the_place_of_its_wish(tmp_path: Path, console: Console) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / WANTED_FILE).mkdir()
+    before = sorted(folder.iterdir())
+
+    with pytest.raises(ConfigError, match=r"wanted\.json must be a file, got a folder; delete it, and ask again"):
+        run_scale(folder, ["generators=2"], 20, console)
+    assert sorted(folder.iterdir()) == before
 
 
 # The driver.
@@ -452,8 +480,6 @@ def test_a_run_that_has_ended_is_refused_with_what_to_do_instead(tmp_path: Path,
 
 
 def test_a_driver_without_a_sign_of_life_is_named_and_the_wish_taken_back(tmp_path: Path, console: Console) -> None:
-    import os
-
     folder = make_run(tmp_path / "run")
     for name in (HEARTBEAT, "state.json"):
         os.utime(folder / name, (time.time() - 500, time.time() - 500))
