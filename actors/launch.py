@@ -28,7 +28,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PERMANENT = (ConfigError, JournalError)
 """What keeps an actor from starting however often it is tried."""
 
-SHRINK = "lower generator.count, learner.num_ranks, scorer.count, reward.count or their num_cpus / num_gpus, or add nodes"
+SHRINK = "lower generator.count, learner.num_ranks, scorer.count, reward.count or their num_cpus / num_gpus"
 """What the user of a run may do about a cluster that is too small."""
 
 HEAD_PROBE_S = 5.0
@@ -258,7 +258,7 @@ def connect(config: Config, run_id: str, session: Path | None, say: Callable[[st
         address=str(context.address_info["address"]),
         local_folder=session,
         environment=environment,
-        placement=Placement(config.timeouts.place_s, autoscales=config.run.autoscale, say=say),
+        placement=Placement(config.timeouts.place_s, autoscales=config.run.autoscale, own=session is not None, say=say),
     )
 
 

@@ -33,6 +33,10 @@ SAY_S = 10.0
 HERE = "here"
 """On the node of this very process."""
 
+MORE = "add nodes, or, where nodes come on demand, set run.autoscale=true"
+OWN_MORE = "raise run.local_cpus if it is set and CPUs are missing, or run on a cluster that has more (docs/cluster.md)"
+"""What else helps against a shortage: in a cluster that the run has joined, and in a Ray of its own."""
+
 PARTS = {"learner": "learner rank", "reward": "reward actor"}
 """What the actors of some places are called in words; else as their place."""
 
@@ -68,15 +72,17 @@ class _Place:
 class Placement:
     """The places of one run."""
 
-    def __init__(self, place_s: float, *, autoscales: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, place_s: float, *, autoscales: bool, own: bool, say: Callable[[str], None]) -> None:
         """
         Args:
             place_s: longest wait for room.
             autoscales: nodes come when they are asked for, so that what is there today is no limit.
+            own: the Ray is this run's own, on this machine alone: no node will ever come.
             say: told now and then what is still waited for.
         """
         self._place_s = place_s
-        self._autoscales = autoscales
+        self._autoscales = autoscales and not own
+        self._more = OWN_MORE if own else MORE
         self._say = say
         self._places: dict[str, _Place] = {}
 
@@ -89,7 +95,7 @@ class Placement:
         demands = demands_of(wanted)
         reason = "" if self._autoscales else shortage(demands, _nodes())
         if reason:
-            raise ConfigError(f"{reason}; {remedy}, or, where nodes come on demand, set run.autoscale=true")
+            raise ConfigError(f"{reason}; {remedy}, {self._more}")
         names = self._request(wanted)
         try:
             missing = await self._wait(names, self._place_s)
@@ -98,8 +104,8 @@ class Placement:
             else:
                 raise ConfigError(
                     f"the run asks for {describe(demands)}; for {self._place_s:g} s (timeouts.place_s) the Ray cluster had no room for "
-                    f"{_list(missing)}; free beside what was reserved are {describe_nodes(_free())}; {remedy}, wait for other jobs to "
-                    "end, or raise timeouts.place_s"
+                    f"{_list(missing)}; free beside what was reserved are {describe_nodes(_free())}; {remedy}, add nodes, wait for other "
+                    "jobs to end, or raise timeouts.place_s"
                 )
         except BaseException:
             self.release(*names)

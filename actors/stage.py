@@ -14,7 +14,7 @@ from async_rlhf.stages.trainer import use_threads
 NEWS_WAIT_S = 2.0
 """How long the actor waits for news before it answers that there is none: its sign of life."""
 
-REMEDY = "lower the stage's num_cpus / num_gpus, or add nodes"
+REMEDY = "lower the stage's num_cpus / num_gpus"
 
 
 class StageWorker:

@@ -46,7 +46,9 @@ def make_run_folder(config: Config) -> Path:
     default = Path("runs") / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = (Path(config.run.dir) if config.run.dir else default).resolve()
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"run.dir {folder} already holds a run; choose another folder, or delete this one")
+        raise ConfigError(
+            f"run.dir {folder} already holds a run; choose another folder, delete this one, or go on with it: async-rlhf resume {folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(without_secrets(config)), encoding="utf-8")

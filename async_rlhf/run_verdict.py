@@ -5,7 +5,7 @@ import os
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import ConfigError
@@ -55,16 +55,16 @@ def verdict_of_folder(folder: Path) -> Verdict | None:
     except ConfigError:
         return None
     found = verdict_of(rows_of_config(folder), config)
-    said = _last_word(folder)
+    said = last_word(folder, "verdict")
     return replace(found, text=said) if said else found
 
 
-def _last_word(folder: Path) -> str:
-    """What the driver said at its end; empty: it goes on, was killed, or had too little to say anything."""
+def last_word(folder: Path, about: Literal["verdict", "error"]) -> str:
+    """What the driver said at its end; empty: it goes on, was killed, or had nothing to say."""
     try:
         summary: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         ended = read_state(folder).phase not in LIVE_PHASES
     except (OSError, ValueError, ConfigError):
         return ""
-    said = cast(dict[str, Any], summary).get("verdict") if ended and isinstance(summary, dict) else None
+    said = cast(dict[str, Any], summary).get(about) if ended and isinstance(summary, dict) else None
     return said if isinstance(said, str) else ""

@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from async_rlhf.errors import ConfigError
 from async_rlhf.scores import ScoreMoments, moments_from_json
@@ -69,10 +70,25 @@ class TrainingState:
 
 
 def state_from_json(text: str) -> TrainingState:
-    """The state that to_json wrote."""
+    """The state that to_json wrote.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it wrote nothing like this.
+    """
     fields: dict[str, Any] = json.loads(text)
     moments: Any = moments_from_json(fields.get("score_moments", {}))
-    return TrainingState(**{**fields, "score_moments": moments})
+    state = TrainingState(**{**fields, "score_moments": moments})
+    for name, hint in get_type_hints(TrainingState).items():
+        if not isinstance(getattr(state, name), _kinds(hint)):
+            raise TypeError(f"{name} must be {hint}, got {getattr(state, name)!r}")
+    return state
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The classes of the values that a field may have; JSON writes a whole number without its point."""
+    if isinstance(hint, UnionType):
+        return tuple(kind for option in get_args(hint) for kind in _kinds(option))
+    return (float, int) if hint is float else (get_origin(hint) or hint,)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -86,9 +102,12 @@ def read_state(run_folder: Path) -> TrainingState:
     """The durable state of a run folder.
 
     Raises:
-        ConfigError: the folder holds none.
+        ConfigError: the folder holds none, or a damaged one.
     """
     file = run_folder / STATE_FILE
     if not file.is_file():
         raise ConfigError(f"{run_folder} is no run folder: it has no state.json; give the folder that `train` printed")
-    return state_from_json(file.read_text(encoding="utf-8"))
+    try:
+        return state_from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}; put a copy back, such as that of the newest checkpoint") from None

@@ -1,6 +1,6 @@
 """How biased the RLOO gradient is on stale data, exactly, for each form of the correction.
 
-    python benchmarks/bias.py [--json FILE]
+    python benchmarks/bias.py [--quick] [--json FILE]
 
 Five tabular policies over all 8^5 completions of five tokens; the behavior policy is the same table with noise on its logits. Bias =
 |E[gradient] - exact policy gradient| / |exact|, K = 2, at the first step of a batch (policy = proximal), kl_coef 0, clip 0.2, cap 2.
@@ -8,12 +8,10 @@ Nothing is sampled: the expectation is over every pair of completions. Prints th
 learning at all. The first lines say how stale the data is.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from harness import command_line, finish, show
 from torch import Tensor
 
 from async_rlhf.losses import rloo_loss
@@ -108,20 +106,16 @@ def measure(seed: int, noise: float) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print one table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}}")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, quick=f"one policy instead of {NUM_POLICIES}").parse_args()
+    num_policies = 1 if arguments.quick else NUM_POLICIES
     columns: dict[float, dict[str, float]] = {}
     for noise in NOISES:
-        runs = [measure(seed, noise) for seed in range(NUM_POLICIES)]
-        columns[noise] = {name: sum(run[name] for run in runs) / NUM_POLICIES for name in runs[0]}
-    print(f"{'noise on the logits of the behavior policy':<46}" + "".join(f"{noise:>8}" for noise in NOISES))
-    for name in columns[NOISES[0]]:
-        if name != "token/none":
-            print(f"{LABELS.get(name, name):<46}" + "".join(f"{column[name]:>8.3f}" for column in columns.values()))
-    if arguments.json:
-        metrics = {f"{name}/noise_{noise}": value for noise, column in columns.items() for name, value in column.items()}
-        arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
+        runs = [measure(seed, noise) for seed in range(num_policies)]
+        columns[noise] = {name: sum(run[name] for run in runs) / num_policies for name in runs[0]}
+    names = [name for name in columns[NOISES[0]] if name != "token/none"]
+    rows = [[LABELS.get(name, name), *(f"{column[name]:.3f}" for column in columns.values())] for name in names]
+    show("Bias of the RLOO gradient", ("noise on the logits of the behavior policy", *map(str, NOISES)), rows)
+    finish(arguments, {f"{name}/noise_{noise}": value for noise, column in columns.items() for name, value in column.items()})
 
 
 if __name__ == "__main__":

@@ -1,35 +1,31 @@
 """Does a run keep its contract when its processes are killed and frozen, again and again?
 
-    python benchmarks/chaos.py [--faults 100] [--seed 0] [--per-run 12] [--json FILE] [--keep FOLDER]
+    python benchmarks/chaos.py [--faults 100] [--seed 0] [--per-run 12] [--quick] [--json FILE] [--keep FOLDER]
 
 Runs one after another, each under random faults at random moments (tests/support/chaos.py), until there were enough of them; each
 run is audited. Before them one run without faults, whose accuracy the others are compared with. Prints one table. About 15 s per
 fault on two cores. Exit 1: anything lost, trained twice, beyond the staleness bound, hanging, left behind, or otherwise wrong.
 """
 
-import argparse
-import json
 import math
 import random
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from harness import CHECKOUT, Goal, command_line, console, finish, show
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from tests.support.chaos import DOUBLE_FAULTS, FAULTS, ChaosResult, FaultResult, disturb  # noqa: E402
+from tests.support.chaos import DOUBLE_FAULTS, FAULTS, ChaosResult, FaultResult, disturb
 
 UPDATES_PER_FAULT = 25
 """A run is this much longer for each fault: most of them do not stop it from training."""
+QUICK_FAULTS = 4
 DOUBLE_SHARE = 0.2
 """Of the faults kill two parts at once."""
 COUNTS = ("lost", "duplicated", "hangs", "bound_violations", "orphans")
@@ -39,42 +35,39 @@ HELD_OUT = 500
 
 def main() -> None:
     """Run, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, quick=f"{QUICK_FAULTS} faults in one run")
     parser.add_argument("--faults", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="decides which, and when (default 0)")
     parser.add_argument("--per-run", type=int, default=12, help="faults in one run (default 12)")
-    parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}, 'faults': [...]}")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which stay there; default: a temporary one")
     arguments = parser.parse_args()
     if arguments.faults < 1 or arguments.per_run < 1:
         parser.error("--faults and --per-run must be >= 1")
-    console, total = Console(), ChaosResult()
+    num_faults = min(arguments.faults, QUICK_FAULTS) if arguments.quick else arguments.faults
+    per_run, total = min(arguments.per_run, num_faults), ChaosResult()
     with folder_for_runs(arguments.keep) as folder:
-        settings = (f"task.held_out={HELD_OUT}", f"updates={3 + UPDATES_PER_FAULT * arguments.per_run}")
+        settings = (f"task.held_out={HELD_OUT}", f"updates={3 + UPDATES_PER_FAULT * per_run}")
         quiet = disturb(folder / "quiet", (), arguments.seed, *settings)
-        console.print(f"without faults: {described(quiet)}", markup=False, highlight=False)
+        console(f"without faults: {described(quiet)}")
         rng = random.Random(arguments.seed)
-        while len(total.faults) < arguments.faults and total.runs < 2 * math.ceil(arguments.faults / arguments.per_run) + 2:
-            count = min(arguments.per_run, arguments.faults - len(total.faults))
+        while len(total.faults) < num_faults and total.runs < 2 * math.ceil(num_faults / per_run) + 2:
+            count = min(per_run, num_faults - len(total.faults))
             faults = [rng.choice(DOUBLE_FAULTS if rng.random() < DOUBLE_SHARE else FAULTS) for _ in range(count)]
             result = disturb(folder / f"run-{total.runs}", faults, rng.randrange(2**31), *settings)
             total.add(result)
-            console.print(f"run {total.runs}: {len(result.faults)} faults, {described(result)}", markup=False, highlight=False)
-            for problem in result.problems:
-                console.print(f"  {problem}", style="red", markup=False, highlight=False)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report_of(quiet, total), indent=2) + "\n")
-    console.print(table_of(total))
+            console("\n  ".join([f"run {total.runs}: {len(result.faults)} faults, {described(result)}", *result.problems]))
+    show_faults(total)
     too_low = [final for _, final in total.accuracies for _, alone in quiet.accuracies if final < alone - 3 * noise_of(alone)]
     if too_low:
         total.problems.append(f"final accuracies {too_low} are more than 3 standard errors below that of the run without faults")
     problems = [*quiet.problems, *total.problems]
-    if problems or any(getattr(total, name) for name in COUNTS) or len(total.faults) < arguments.faults:
-        raise SystemExit(f"{len(problems)} problems:\n" + "\n".join(problems))
+    finish(arguments, metrics_of(quiet, total, len(problems)), [Goal(metric=name, at_most=0) for name in (*COUNTS, "problems")])
+    if problems or any(getattr(total, name) for name in COUNTS) or len(total.faults) < num_faults:
+        raise SystemExit(f"{len(total.faults)} of {num_faults} faults, {len(problems)} problems:\n" + "\n".join(problems))
 
 
 @contextmanager
-def folder_for_runs(keep: Path | None) -> Iterator[Path]:
+def folder_for_runs(keep: Path | None) -> Generator[Path]:
     """Where to put the runs."""
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
@@ -96,21 +89,18 @@ def described(result: ChaosResult) -> str:
     return f"{counts}; {accuracies}"
 
 
-def table_of(total: ChaosResult) -> Table:
+def show_faults(total: ChaosResult) -> None:
     """One row per kind of fault."""
     kinds: defaultdict[str, list[FaultResult]] = defaultdict(list)
     for fault in total.faults:
         kinds[f"{fault.kind} {fault.target}"].append(fault)
-    table = Table()
-    for column in ("fault", "count", "noticed s", "back s", "trains s", "others lost", "hangs"):
-        table.add_column(column, no_wrap=True)
+    rows: list[list[object]] = []
     for kind, faults in sorted(kinds.items()):
         seconds = [spread([getattr(fault, name) for fault in faults]) for name in ("detected_s", "recovered_s", "went_on_s")]
-        others = sum(len(fault.others) for fault in faults)
-        table.add_row(kind, str(len(faults)), *seconds, str(others), str(sum(bool(fault.problem) for fault in faults)))
+        rows.append([kind, len(faults), *seconds, sum(len(fault.others) for fault in faults), sum(bool(fault.problem) for fault in faults)])
     counts = ", ".join(f"{name.replace('_', ' ')} {getattr(total, name)}" for name in COUNTS)
-    table.caption = f"seconds after the fault, median / largest; over {total.runs} runs: {counts}"
-    return table
+    note = f"seconds after the fault, median / largest; over {total.runs} runs: {counts}"
+    show("Faults, and what became of them", ("fault", "count", "noticed s", "back s", "trains s", "others lost", "hangs"), rows, note)
 
 
 def spread(seconds: list[float | None]) -> str:
@@ -119,19 +109,18 @@ def spread(seconds: list[float | None]) -> str:
     return f"{statistics.median(known):.1f} / {max(known):.1f}" if known else "-"
 
 
-def report_of(quiet: ChaosResult, total: ChaosResult) -> dict[str, object]:
-    """Everything in numbers."""
+def metrics_of(quiet: ChaosResult, total: ChaosResult, num_problems: int) -> dict[str, float]:
+    """What was counted; accuracies are means over the runs that reached their end."""
     recovered = [fault.recovered_s for fault in total.faults if fault.recovered_s is not None]
-    metrics: dict[str, object] = {
+    accuracies = {"accuracy_without_faults": quiet.accuracies, "accuracy": total.accuracies}
+    return {
         "faults": len(total.faults),
         "runs": total.runs,
         **{name: getattr(total, name) for name in COUNTS},
-        "recovery_s_median": statistics.median(recovered) if recovered else None,
-        "recovery_s_max": max(recovered, default=None),
-        "accuracy_without_faults": [final for _, final in quiet.accuracies],
-        "accuracy": [final for _, final in total.accuracies],
+        "problems": num_problems,
+        **({"recovery_s_median": statistics.median(recovered), "recovery_s_max": max(recovered)} if recovered else {}),
+        **{name: statistics.mean(final for _, final in pairs) for name, pairs in accuracies.items() if pairs},
     }
-    return {"metrics": metrics, "problems": total.problems, "faults": [asdict(fault) for fault in total.faults]}
 
 
 if __name__ == "__main__":

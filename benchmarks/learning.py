@@ -3,20 +3,21 @@
     python benchmarks/learning.py [--seeds 3] [--algorithms dpo,ppo,...] [--quick] [--json FILE]
 
 One `train` per algorithm and seed: sums of two numbers below 100, max_staleness 1, a supervised start of its own for each seed
-(kept in the cache). Prints one line per run and one table at the end. About 3 minutes per run on two cores.
+(kept in the cache). Prints one line per run and one table at the end. About 3 minutes per run on two cores. Exit 1: a run failed.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from harness import CHECKOUT, Goal, command_line, console, finish, show
+
 SETTINGS = {
     "dpo": ["updates=320"],
     "ppo": ["updates=200", "learner.learning_rate=6e-4"],
@@ -31,7 +32,9 @@ TARGETS = {"bok": 0.65}
 """Held-out accuracy to reach; 0.75 where nothing else is said."""
 LIMIT_S = 360.0
 """Longest wall time of a run."""
-QUICK_UPDATES = 15
+QUICK_UPDATES = 5
+QUICK = [f"updates={QUICK_UPDATES}", "evaluation.num_prompts=100"]
+"""Mostly the start and the end of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def train(algorithm: str, seed: int, extra: list[str]) -> Result | None:
         )
         wall_s = time.monotonic() - started
         if done.returncode:
-            print(f"{algorithm}, seed {seed}, failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}", flush=True)
+            console(f"{algorithm}, seed {seed}, failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
             return None
         summary = json.loads((run / "summary.json").read_text())
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -73,21 +76,19 @@ def train(algorithm: str, seed: int, extra: list[str]) -> Result | None:
 
 
 def main() -> None:
-    """Run, print one table, and write the numbers where asked. Exit 1: an algorithm missed its target (not looked at with --quick)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run, print one table, and write the numbers where asked."""
+    parser = command_line(__doc__, quick=f"one seed and {QUICK_UPDATES} updates each: does it run?")
     parser.add_argument("--seeds", type=int, default=3, help="runs per algorithm (default 3)")
     parser.add_argument("--algorithms", default=",".join(SETTINGS), help="comma-separated; default: all")
-    parser.add_argument("--quick", action="store_true", help=f"one seed and {QUICK_UPDATES} updates each: does it run?")
-    parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}}")
     arguments = parser.parse_args()
     names = arguments.algorithms.split(",")
     unknown = set(names) - set(SETTINGS)
     if unknown or arguments.seeds < 1:
         parser.error(f"--algorithms takes {', '.join(SETTINGS)}, got {', '.join(sorted(unknown))}" if unknown else "--seeds must be >= 1")
-    extra = [f"updates={QUICK_UPDATES}"] if arguments.quick else []
+    extra = QUICK if arguments.quick else []
     results: dict[str, list[Result]] = {name: [] for name in names}
     failed: list[str] = []
-    # Seed by seed, so that a benchmark cut short has seen every algorithm; what is measured is written at once.
+    # Seed by seed, so that a benchmark cut short has seen every algorithm.
     for seed in range(1 if arguments.quick else arguments.seeds):
         for name in names:
             result = train(name, seed, extra)
@@ -95,33 +96,23 @@ def main() -> None:
                 failed.append(f"{name} with seed {seed}")
                 continue
             results[name].append(result)
-            print(f"{name}, seed {seed}: {result.start_accuracy:.3f} -> {result.final_accuracy:.3f} in {result.wall_s:.0f} s", flush=True)
-            if arguments.json:
-                metrics = {known: numbers(of_name) for known, of_name in results.items() if of_name}
-                arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
-    missed = report({name: of_name for name, of_name in results.items() if of_name})
+            console(f"{name}, seed {seed}: {result.start_accuracy:.3f} -> {result.final_accuracy:.3f} in {result.wall_s:.0f} s")
+    found = {name: numbers(runs) for name, runs in results.items() if runs}
+    columns = ("start_accuracy", "final_accuracy", "final_accuracy_min", "kl_nats", "staleness_max", "wall_s_max")
+    show("What each algorithm learns", ("algorithm", *columns), [[name, *map(of_name.get, columns)] for name, of_name in found.items()])
+    metrics = {f"{metric}_{name}": value for name, of_name in found.items() for metric, value in of_name.items()}
+    finish(arguments, metrics, [] if arguments.quick else goals(names))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-    if missed and not arguments.quick:
-        raise SystemExit(f"below the target, or longer than {LIMIT_S:.0f} s: {', '.join(missed)}")
 
 
-def report(results: dict[str, list[Result]]) -> list[str]:
-    """Print the table; returns the algorithms of which a seed missed the target or the time."""
-    print(f"\n{'algorithm':<11}{'start':>7}{'final':>7}{'lowest':>8}{'target':>8}{'KL nats':>9}{'staleness':>11}{'wall s, longest':>17}")
-    missed: list[str] = []
-    for name, runs in results.items():
-        target, of_name = TARGETS.get(name, 0.75), numbers(runs)
-        if of_name["final_accuracy_min"] < target or of_name["wall_s_max"] > LIMIT_S:
-            missed.append(name)
-        print(
-            f"{name:<11}{of_name['start_accuracy']:>7.3f}{of_name['final_accuracy']:>7.3f}{of_name['final_accuracy_min']:>8.3f}"
-            f"{target:>8.2f}{of_name['kl_nats']:>9.2f}{of_name['staleness_max']:>11.0f}{of_name['wall_s_max']:>17.0f}"
-        )
-    return missed
+def goals(names: Sequence[str]) -> list[Goal]:
+    """Of every seed."""
+    accuracies = [Goal(metric=f"final_accuracy_min_{name}", at_least=TARGETS.get(name, 0.75)) for name in names]
+    return [*accuracies, *(Goal(metric=f"wall_s_max_{name}", at_most=LIMIT_S) for name in names)]
 
 
-def numbers(runs: list[Result]) -> dict[str, float]:
+def numbers(runs: Sequence[Result]) -> dict[str, float]:
     """Means over the seeds, and the extremes."""
     return {
         "start_accuracy": statistics.mean(run.start_accuracy for run in runs),

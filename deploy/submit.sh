@@ -12,5 +12,6 @@ while [[ "${1:-}" == --* ]]; do
   shift
 done
 [[ $# -gt 0 ]] || { echo "usage: $0 [--no-wait] train CONF.yaml run.dir=/shared/NAME [key=value ...]" >&2; exit 2; }
+command -v ray > /dev/null || { echo "$0: the command ray is not on PATH: source .venv/bin/activate" >&2; exit 2; }
 exec ray job submit --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" --working-dir . --runtime-env deploy/runtime-env.yaml \
   ${options[@]+"${options[@]}"} -- python -m async_rlhf "$@"

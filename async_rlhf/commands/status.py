@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from async_rlhf.commands.say import say
-from async_rlhf.run_verdict import verdict_of_folder
+from async_rlhf.run_verdict import last_word, verdict_of_folder
 from async_rlhf.state import LIVE_PHASES, STATE_ACTOR_FILE, TrainingState, read_state
 
 
@@ -34,6 +35,8 @@ def run_status(folder: Path, console: Console) -> None:
                 "(one on a cluster is asked on its driver's node, with RAY_ADDRESS=auto and the cluster's token)"
             )
     console.print(_table(state))
+    if state.phase not in (*LIVE_PHASES, "finished"):
+        say(console, f"{state.phase}: {last_word(folder, 'error') or 'its driver did not say why'}", f"go on: async-rlhf resume {folder}")
     verdict = verdict_of_folder(folder)
     if verdict is not None:
         say(console, f"verdict: {verdict.text}")
@@ -42,8 +45,9 @@ def run_status(folder: Path, console: Console) -> None:
 
 
 def _table(state: TrainingState) -> Table:
-    table = Table(title=f"run {state.run_id}", show_header=False)
-    reward = "-" if state.reward_mean is None else f"{state.reward_mean:.3f} (best {state.best_reward_mean:.3f})"
+    table = Table(title=Text(f"run {state.run_id}"), show_header=False)
+    known = state.reward_mean is not None and state.best_reward_mean is not None
+    reward = f"{state.reward_mean:.3f} (best {state.best_reward_mean:.3f})" if known else "-"
     for name, value in (
         ("phase", state.phase),
         ("version", f"{state.version} of {state.num_updates} updates ({state.optimizer_steps} optimizer steps)"),
@@ -54,24 +58,24 @@ def _table(state: TrainingState) -> Table:
         ("actors", ", ".join(f"{name}: {what}" for name, what in state.actors.items()) or "-"),
         ("seed", str(state.seed)),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a stranger's folder may hold markup
     return table
 
 
-def _is_ours(entry: dict[str, Any]) -> bool:
+def _is_ours(address: str, token_path: str) -> bool:
     """Whether to follow the folder's word to a Ray: a stranger's folder must not make us talk to a stranger's cluster.
 
     A local run of this user: its token lies in a session folder that only we can have made, on this machine. A joined cluster:
     only the one that RAY_ADDRESS names anyway.
     """
-    if not entry["token_path"] or os.environ.get("RAY_ADDRESS"):
-        return os.environ.get("RAY_ADDRESS") in ("auto", entry["address"])
-    token = Path(entry["token_path"])
+    if not token_path or os.environ.get("RAY_ADDRESS"):
+        return os.environ.get("RAY_ADDRESS") in ("auto", address)
+    token = Path(token_path)
     in_session = token.parent.parent == Path(tempfile.gettempdir()) and token.parent.name.startswith("arlhf-")
     if not in_session or not token.is_file() or token.stat().st_uid != os.getuid():
         return False
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    host = str(entry["address"]).rpartition(":")[0]
+    host = address.rpartition(":")[0]
     return host in {"127.0.0.1", *socket.gethostbyname_ex(socket.gethostname())[2], _own_address()}
 
 
@@ -89,21 +93,17 @@ def _ask_actor(folder: Path) -> TrainingState | None:
     """The actor's latest state, or None where it cannot be reached."""
     try:
         entry: dict[str, Any] = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
+        address, namespace, token_path = (str(entry[key]) for key in ("address", "namespace", "token_path"))
         name = (folder / STATE_ACTOR_FILE).read_text(encoding="utf-8")
-    except (OSError, json.JSONDecodeError):
-        return None
-    try:
         os.kill(int(entry["pid"]), 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return None  # somebody else's process
-    if not _is_ours(entry):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None  # it has no driver now, or somebody else's process has that number, or the files say nothing of the kind
+    if not _is_ours(address, token_path):
         return None
     import ray
 
     try:
-        ray.init(address=entry["address"], namespace=entry["namespace"], log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         latest: list[Any] = ray.get(ray.get_actor(name).latest.remote(), timeout=10)
         return ray.get(latest[0], timeout=10) if latest else None
     except Exception as error:  # any failure to reach it means: not reachable

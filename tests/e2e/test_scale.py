@@ -13,12 +13,13 @@ import psutil
 import pytest
 
 from async_rlhf.audit import audit
+from async_rlhf.commands.guard import HEARTBEAT
 from tests.support.command import CHECKOUT, command, environment, ray_processes, rows_of, run_cli, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WORDS = (
-    *("train", "conf/quickstart.yaml", "generator.engine=transformers", "batch_groups=16", "updates=100000", "run.local_cpus=4"),
+    *("train", "conf/quickstart.yaml", "batch_groups=16", "updates=100000", "run.local_cpus=4"),
     *("evaluation.num_prompts=20", "supervision.ping_s=1", "timeouts.stop_s=60", "timeouts.place_s=5"),
 )
 
@@ -32,18 +33,26 @@ def generator_processes() -> int:
     return sum(re.match(r"ray::Generator\b", title) is not None for title in titles)
 
 
-def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_path: Path) -> None:
-    """One -> two -> one, then four, for which the cluster (4 CPUs) has no room."""
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.long)])
+def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_path: Path, engine: str) -> None:
+    """One -> two -> one, and in between four, for which the cluster (4 CPUs) has no room. The driver shows its life all the time."""
     folder, log = tmp_path / "run", tmp_path / "log"
+    beats: dict[bool, set[float]] = {False: set(), True: set()}  # before and after Ray is there
     with log.open("w") as stream:
         driver = subprocess.Popen(
-            command(*WORDS, f"run.dir={folder}"), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT
+            command(*WORDS, f"generator.engine={engine}", f"run.dir={folder}"),
+            cwd=CHECKOUT,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
         )
 
     def wait_for(what: Callable[[], bool]) -> None:
         ends = time.monotonic() + 180
         while not what():
             assert driver.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()[-3000:]}"
+            with suppress(FileNotFoundError):
+                beats[(folder / "ray.json").is_file()].add((folder / HEARTBEAT).stat().st_mtime)
             time.sleep(0.2)
 
     def more_rows(number: int) -> None:
@@ -74,6 +83,7 @@ def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_
         code = driver.wait(timeout=120)
 
     assert code == 130, log.read_text()[-3000:]
+    assert min(map(len, beats.values())) >= 2, beats
     found = audit(folder)
     assert found.problems == () and (found.lost, found.duplicated, found.bound_violations) == (0, 0, 0)
     assert 0.9 < max(row["generate/generators"] for row in rows_of(folder)) <= 2.1

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -283,3 +284,12 @@ def test_submit_without_words_says_how_it_is_used(tmp_path: Path) -> None:
     done = run_script("submit.sh", path=tmp_path)
 
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and done.stdout == ""
+
+
+def test_submit_without_ray_names_the_environment_to_enter(tmp_path: Path) -> None:
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+
+    done = subprocess.run([DEPLOY / "submit.sh", "train"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30)
+
+    assert done.returncode == 2 and "ray is not on PATH: source .venv/bin/activate" in done.stderr

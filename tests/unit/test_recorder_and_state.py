@@ -143,6 +143,25 @@ def test_a_folder_without_state_is_no_run_folder(tmp_path: Path):
         read_state(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "Expecting"),
+        ("[]", "has no attribute 'get'"),
+        ('{"phase": "training"}', "missing 8 required"),
+        (json.dumps({**json.loads(STATE.to_json()), "version": "many"}), "version must be <class 'int'>, got 'many'"),
+        (json.dumps({**json.loads(STATE.to_json()), "actors": None}), "actors must be "),
+        (json.dumps({**json.loads(STATE.to_json()), "reward_mean": "high"}), r"reward_mean must be float \| None, got 'high'"),
+    ],
+    ids=["cut", "a list", "fields missing", "a text for a number", "nothing for a map", "a text for a number or nothing"],
+)
+def test_a_damaged_state_is_named_with_what_is_wrong_and_a_remedy(tmp_path: Path, text: str, said: str):
+    (tmp_path / "state.json").write_text(text)
+
+    with pytest.raises(ConfigError, match=rf"state\.json cannot be read: .*{said}.*; put a copy back"):
+        read_state(tmp_path)
+
+
 def test_a_reader_that_has_the_file_open_keeps_the_old_text(tmp_path: Path):
     """Written in place, the open file would show the new text, or a half of it."""
     file = tmp_path / "state.json"
