@@ -41,6 +41,19 @@ class EngineUsage:
 
 
 @dataclass(slots=True)
+class _Wait:
+    ready: Callable[[Engine], Any]
+    future: "Future[Any]"
+
+    def over(self, engine: Engine) -> bool:
+        """Whether nobody waits any more, maybe because of what is the case now."""
+        answer = None if self.future.cancelled() else self.ready(engine)
+        if answer is not None and self.future.set_running_or_notify_cancel():
+            self.future.set_result(answer)
+        return self.future.done()
+
+
+@dataclass(slots=True)
 class _Command:
     run: Callable[[Engine], Any]
     future: "Future[Any]"
@@ -58,6 +71,8 @@ class EngineLoop:
         self._engine = engine
         self._on_finished = on_finished
         self._commands: deque[_Command] = deque()
+        self._waits: list[_Wait] = []
+        """Of the loop's thread alone."""
         self._changed = threading.Condition()
         self._closed = False
         self._failure: BaseException | None = None
@@ -89,6 +104,16 @@ class EngineLoop:
             self._commands.append(command)
             self._changed.notify_all()
         return command.future
+
+    def when(self, ready: Callable[[Engine], T | None]) -> "Future[T]":
+        """What `ready(engine)` answers once that is not None: asked between two steps, at once and after each, unless cancelled.
+
+        Raises:
+            EngineError: the loop has ended.
+        """
+        wait = _Wait(ready, Future())
+        self.call(lambda engine: wait.over(engine) or self._waits.append(wait))
+        return wait.future
 
     def close(self) -> None:
         """Stop after the current step and free the engine."""
@@ -157,10 +182,12 @@ class EngineLoop:
         )
         for request_id, completions in finished:
             self._on_finished(request_id, completions)
+        self._waits = [wait for wait in self._waits if not wait.over(self._engine)]
 
     def _end(self, reason: str) -> None:
         with self._changed:
-            waiting, self._commands = list(self._commands), deque()
+            waiting, self._commands = [command.future for command in self._commands], deque()
             self._changed.notify_all()
-        for command in waiting:
-            command.future.set_exception(EngineError(reason))
+        for future in (*waiting, *(wait.future for wait in self._waits)):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(reason))

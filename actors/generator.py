@@ -67,6 +67,21 @@ class Generator:
             self._inflight.update({request.request_id: ticket for request, ticket in zip(requests, tickets, strict=True)})
         self._loop.call(lambda engine: [engine.add(request) for request in requests])
 
+    def room(self, wait_s: float) -> int:
+        """Groups that would be sampled at once if they came now, as soon as that is one; 0 after `wait_s`.
+
+        A seat is free when its completion has ended, however long its siblings go on.
+        Raises:
+            EngineError: the engine failed.
+        """
+        self._check()
+        waiting = self._loop.when(self._room_in)
+        try:
+            return waiting.result(wait_s)
+        except TimeoutError:
+            waiting.cancel()
+            return 0
+
     def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
         """Finished groups, as soon as there is one (or, with `all_inflight`, when none is left in flight), in ticket order.
 
@@ -140,6 +155,11 @@ class Generator:
     def close(self) -> None:
         """End the engine's thread and free its memory."""
         self._loop.close()
+
+    def _room_in(self, engine: Engine) -> int | None:
+        occupancy = engine.occupancy
+        free = self._config.generator.max_inflight - occupancy.num_running - occupancy.num_waiting
+        return max(0, free) // self._config.completions_per_prompt or None
 
     def _load(self, engine: Engine, manifest: WeightsManifest, load: Load) -> InstallReport:
         """On the loop's thread; install_s, which began before, is left at 0."""

@@ -186,11 +186,13 @@ async def _leave(leaving: asyncio.Event, config: Config, flow: _Flow) -> None:
 async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
     """Give the generator tickets whenever it has room; for ever."""
     await crew.begun.wait()
-    capacity = config.batch_groups if config.deterministic else config.groups_inflight
     request = 0
     while True:
-        await flow.until(lambda: flow.installed >= 0 and flow.inflight < capacity and not flow.closed)
-        wanted, request, flow.asking = capacity - flow.inflight, request + 1, True
+        await flow.until(lambda: flow.installed >= 0 and not flow.closed)
+        wanted = await _room(actor, config, flow)
+        if not wanted or flow.closed:
+            continue
+        request, flow.asking = request + 1, True
         with crew.meters.tickets.working():
             tickets: list[Ticket] | None = await crew.queue.call(
                 "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
@@ -199,6 +201,14 @@ async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> 
             await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
         flow.asking = False
         await flow.change(len(tickets or ()), closed=tickets is None)
+
+
+async def _room(actor: RemoteActor, config: Config, flow: _Flow) -> int:
+    """How many groups the generator may have more, once that is one; 0: none for a while. Deterministic runs go batch by batch."""
+    if not config.deterministic:
+        return await actor.call("room", POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+    await flow.until(lambda: flow.inflight < config.batch_groups)
+    return config.batch_groups - flow.inflight
 
 
 async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, scoring: asyncio.TaskGroup) -> None:

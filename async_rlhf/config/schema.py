@@ -254,8 +254,3 @@ class Config:
             return 0
         chosen = self.queue.max_replacements_per_batch
         return self.batch_groups if chosen < 0 else chosen
-
-    @property
-    def groups_inflight(self) -> int:
-        """Groups that one generator samples at once: max_inflight // K, at least one."""
-        return max(1, self.generator.max_inflight // self.completions_per_prompt)

@@ -17,8 +17,20 @@ Steps = Generator[Any, Any, None]
 class ModelEngine:
     """An engine of the model. Completions leave when their length is reached; a group is finished when all of its have left."""
 
-    def __init__(self, env: simpy.Environment, rates: Rates, cores: Cores, on_finished: Callable[[Ticket], None]) -> None:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        rates: Rates,
+        cores: Cores,
+        on_finished: Callable[[Ticket], None],
+        on_freed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            on_finished: called with each finished group's ticket; on_freed: whenever completions have left.
+        """
         self._env = env
+        self._on_freed = on_freed
         self._cores = cores
         self._at_work = False
         cores.listen(self.count, self.wake)
@@ -47,6 +59,11 @@ class ModelEngine:
         for tokens in lengths:
             heapq.heappush(self._ends, (self._steps_done + tokens, ticket.ticket_id))
         self.num_tokens += sum(lengths)
+
+    @property
+    def num_running(self) -> int:
+        """Completions in the batch."""
+        return len(self._ends)
 
     def wake(self) -> None:
         """To be called after one or more add()."""
@@ -116,3 +133,4 @@ class ModelEngine:
             else:
                 del self._groups[ticket_id]
                 self._on_finished(ticket)
+        self._on_freed()

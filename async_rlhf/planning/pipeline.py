@@ -76,7 +76,6 @@ class _Member:
     engine: ModelEngine
     changed: _Signal
     installed: int = 0
-    inflight: int = 0
 
 
 class _Pool:
@@ -156,17 +155,17 @@ class PipelineModel:
             finished.append(ticket)
             changed.notify()
 
-        member = _Member(name=f"generator-{index}", engine=ModelEngine(self._env, self._rates, self._cores, on_finished), changed=changed)
+        engine = ModelEngine(self._env, self._rates, self._cores, on_finished, changed.notify)
+        member = _Member(name=f"generator-{index}", engine=engine, changed=changed)
         self._env.process(self._drain(member, finished))
         return member
 
     def _feed(self, member: _Member) -> Steps:
-        capacity = self._config.groups_inflight
         while True:
-            while member.inflight >= capacity:
+            while not self._room(member):
                 yield member.changed.wait()
             yield self._env.timeout(self._rates.call_s)
-            tickets = self._buffer.grant(member.name, member.installed, capacity - member.inflight, self._env.now)
+            tickets = self._buffer.grant(member.name, member.installed, self._room(member), self._env.now)
             if not tickets:
                 yield self._grantable.wait() | member.changed.wait()
                 continue
@@ -175,8 +174,11 @@ class PipelineModel:
                 lengths, tied = self._lengths.draw(self._rng, self._config.completions_per_prompt)
                 self._groups[ticket.ticket_id] = member.installed, lengths.tolist(), tied
                 member.engine.add(ticket, lengths.tolist())
-            member.inflight += len(tickets)
             member.engine.wake()
+
+    def _room(self, member: _Member) -> int:
+        """Groups for which it has seats."""
+        return max(0, self._config.generator.max_inflight - member.engine.num_running) // self._config.completions_per_prompt
 
     def _drain(self, member: _Member, finished: list[Ticket]) -> Steps:
         while True:
@@ -184,8 +186,6 @@ class PipelineModel:
                 yield member.changed.wait()
             yield self._env.timeout(self._rates.call_s)
             tickets, finished[:] = sorted(finished, key=lambda ticket: ticket.ticket_id), []
-            member.inflight -= len(tickets)
-            member.changed.notify()
             self._env.process(self._score(tickets))
 
     def _score(self, tickets: Sequence[Ticket]) -> Steps:

@@ -18,6 +18,7 @@ from actors.engine_transformers import TransformersEngine
 from actors.generator import Generator
 from async_rlhf.config import Config, load_config
 from async_rlhf.errors import EngineError, WeightsError
+from async_rlhf.protocols import Occupancy
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, Ticket, VersionSpan
 from tests.support.samples import make_ticket
 from tests.support.tiny_policy import logprobs_of, save_tiny_policy, tiny_policy, weights_of
@@ -315,6 +316,46 @@ def test_keep_goes_on_under_the_new_weights_and_every_token_carries_its_version(
         np.testing.assert_allclose(rollout.behavior_logprobs, expected, rtol=0, atol=1e-4)
         crossing += length > 4
     assert crossing >= 2 and group.oldest_version == 0
+
+
+class Seats:
+    """Stands for an engine that always has work, of which nothing ends but what the test says."""
+
+    num_running = 1
+
+    def __init__(self) -> None:
+        self.occupancy = Occupancy(num_running=0, num_waiting=0, kv_use_share=0.0)
+
+    def take(self, running: int, waiting: int = 0) -> None:
+        self.occupancy = Occupancy(num_running=running, num_waiting=waiting, kv_use_share=0.0)
+
+    def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
+        time.sleep(0.001)
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def test_there_is_room_for_a_group_as_soon_as_enough_completions_have_ended_of_whichever_groups(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Twelve seats, groups of three."""
+    engine = Seats()
+    monkeypatch.setattr(actors.generator, "make_engine", lambda *_: engine)
+    with generating(folder, "generator.max_inflight=12", installed=False) as generator:
+        assert generator.room(WAIT_S) == 4
+        engine.take(7)
+        assert generator.room(WAIT_S) == 1
+        engine.take(6, waiting=3)
+        assert generator.room(WAIT_S) == 1
+        for running, waiting in [(12, 0), (10, 0), (12, 5), (9, 1)]:
+            engine.take(running, waiting)
+            assert generator.room(0.02) == 0
+        asking = in_thread(lambda: generator.room(WAIT_S))
+        engine.take(9)
+
+        assert asking.result(WAIT_S) == 1
 
 
 def test_drain_finishes_what_runs_first_and_holds_later_tickets_back(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -120,6 +120,18 @@ def test_a_seed_gives_the_same_completions_alone_and_in_a_crowd(generator: Remot
     assert len({tuple(text) for text in texts[0]}) == CONFIG.completions_per_prompt
 
 
+def test_a_seat_is_free_as_soon_as_its_completion_has_ended_however_long_its_siblings_go_on(generator: RemoteActor) -> None:
+    ask(generator, "submit", [make_ticket(index, seed=index) for index in range(24)])
+    taken: set[int] = set()
+    num_groups = 0
+    while num_groups < 24:
+        taken.add(ask(generator, "usage").occupancy.num_running)
+        num_groups += len(ask(generator, "collect", False, 0.0)[1])
+
+    assert any(running % CONFIG.completions_per_prompt for running in taken)
+    assert ask(generator, "room", 5.0) == CONFIG.generator.max_inflight // CONFIG.completions_per_prompt
+
+
 def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(generator: RemoteActor, folders: list[Path]) -> None:
     ask(generator, "install", weights_of(folders[0], 4))
     ask(generator, "submit", [make_ticket(index, seed=index) for index in range(24)])

@@ -123,6 +123,16 @@ def test_core_imports_quickly_without_torch_or_any_engine() -> None:
     assert done.stdout.split() == []
 
 
+def test_the_driver_of_a_run_starts_without_torch_or_any_engine() -> None:
+    """They take seconds, before the first actor starts."""
+    code = (
+        "import sys, actors.run, learners.group, learners.rank, learners.sending\n"
+        "print(*sorted({'torch', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == []
+
+
 # Caps
 
 

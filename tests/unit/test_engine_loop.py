@@ -268,3 +268,51 @@ def test_close_fails_whoever_still_waits():
 
         with pytest.raises(EngineError, match="the engine is closed"):
             drained.result(timeout=WAIT_S)
+
+
+def test_whoever_waits_is_answered_between_two_steps_as_soon_as_there_is_an_answer():
+    with staged() as stage:
+        stage.add("a", num_steps=3)
+        waiting = stage.loop.when(lambda engine: stage.engine.events.count("step") if stage.engine.events.count("step") >= 2 else None)
+        stage.allow(1)
+        eventually(lambda: stage.engine.events.count("step") == 1)
+        assert not waiting.done()
+        stage.allow(1)
+
+        assert waiting.result(timeout=WAIT_S) == 2
+
+
+def test_what_is_so_already_is_answered_at_once_also_by_an_idle_engine():
+    with staged() as stage:
+        assert stage.loop.when(lambda engine: engine.num_running + 41).result(timeout=WAIT_S) == 41
+        assert stage.engine.events == []
+
+
+def test_nobody_asks_for_those_who_wait_no_longer():
+    asked: list[int] = []
+    with staged() as stage:
+        given_up, answered = stage.loop.when(lambda engine: asked.append(0)), stage.loop.when(lambda engine: asked.append(1) or "yes")
+        answered.result(timeout=WAIT_S)
+        assert given_up.cancel()
+        before = list(asked)
+        stage.add("a", num_steps=3)
+        stage.allow(3)
+        eventually(lambda: stage.finished == ["a"])
+
+    assert asked == before and asked.count(1) == 1
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["failed", "closed"])
+def test_the_end_of_the_loop_fails_those_who_wait(fails: bool):
+    with staged() as stage:
+        waiting = stage.loop.when(lambda engine: None)
+        stage.note("they wait").result(timeout=WAIT_S)
+        if fails:
+            stage.engine.step_error = RuntimeError("out of memory")
+            stage.add("a")
+            stage.allow(1)
+        else:
+            stage.loop.close()
+
+        with pytest.raises(EngineError, match="out of memory" if fails else "the engine is closed"):
+            waiting.result(timeout=WAIT_S)
