@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ BLOCKS, T_95 = 10, 2.306
 """Points of a line, and Student's t for 95 % with two degrees of freedom fewer."""
 FLAT_SHARE = 0.01
 """Of a process's memory, per 1,000 updates."""
+STARTING = ("IDLE", "default_worker", "setup_worker")
+"""What Ray calls a worker's process before an actor lives in it."""
 MIB = 1 << 20
 
 
@@ -76,12 +79,13 @@ class Watch:
         return found
 
     def _name(self, process: psutil.Process) -> str:
-        """What it was when it was first seen as anything but an idle worker; numbered where there are several."""
-        known = self.titles.get(process.pid)
-        if known is None or known.startswith("idle"):
+        """By its actor as soon as it has one; numbered where there are several."""
+        known = self.titles.get(process.pid, "")
+        if not known or known.startswith(STARTING):
             title = title_of(process, self.process.pid)
-            others = Counter(name.partition(" #")[0] for pid, name in self.titles.items() if pid != process.pid)
-            known = self.titles[process.pid] = title if not others[title] else f"{title} #{others[title] + 1}"
+            others = {name for pid, name in self.titles.items() if pid != process.pid}
+            known = next(name for name in chain([title], (f"{title} #{number}" for number in count(2))) if name not in others)
+            self.titles[process.pid] = known
         return known
 
     def _session_bytes(self) -> int:
@@ -96,7 +100,7 @@ def title_of(process: psutil.Process, driver: int) -> str:
     words = process.cmdline()
     first = words[0] if words else process.name()
     if first.startswith("ray::"):
-        return "idle worker" if first == "ray::IDLE" else first.removeprefix("ray::").partition(".")[0]
+        return first.removeprefix("ray::").partition(".")[0]
     script = next((Path(word).stem for word in words[1:] if word.endswith(".py")), "")
     return script or Path(first).name
 
@@ -177,10 +181,10 @@ def report(watch: Watch, updates: int) -> dict[str, float]:
     metrics = {f"rss_slope_mib_per_1000_{name.replace(' ', '_')}": slope.per_1000 / MIB for name, slope in found.items()}
     at = [int(np.searchsorted(watch.updates, share * updates)) for share in (0.1, 0.5, 0.9)]
     growths = {name: [series[index] for index in at] for name, series in watch.files.items()}
+    growths = {name: seen for name, seen in growths.items() if max(0.0, *seen) > MIB / 10}
     rows = [
         (name, *(f"{value / MIB:.2f}" for value in seen), f"{(seen[2] - seen[1]) / (seen[1] - seen[0]):.2f}" if seen[1] > seen[0] else "-")
         for name, seen in sorted(growths.items(), key=lambda entry: -np.nan_to_num(entry[1][2]))
-        if np.nanmax(seen) > MIB / 10
     ]
     columns = ("", "after 10 %", "50 %", "90 % of the updates", "second part / first")
     show("Files, MiB", columns, rows, "1: in proportion to the updates")

@@ -51,7 +51,7 @@ def test_drift_is_the_last_quarter_over_the_second(soak: ModuleType) -> None:
     [
         (1, ["python", "-m", "async_rlhf"], "driver"),
         (2, ["ray::LearnerRank.train_step"], "LearnerRank"),
-        (2, ["ray::IDLE"], "idle worker"),
+        (2, ["ray::IDLE"], "IDLE"),
         (2, ["/x/core/src/ray/raylet/raylet", "--port=1"], "raylet"),
         (2, ["python", "-u", "/x/ray/_private/log_monitor.py", "--a"], "log_monitor"),
     ],
@@ -79,4 +79,4 @@ def test_a_process_is_looked_at_under_one_name_however_it_changes_its_title(soak
         words[:] = [title]
         names.append(watch._name(process))
 
-    assert names == ["idle worker", "Generator", "Generator"] and watch._name(other) == "Generator #2"
+    assert names == ["IDLE", "Generator", "Generator"] and watch._name(other) == "Generator #2"
