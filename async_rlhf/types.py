@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -235,3 +235,18 @@ class InstallReport:
     """Part of `install_s`: the canary's own sampling."""
     transfer_s: float = 0.0
     """Before `install_s`: from the request to the weights in the generator's process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """Where the learner and the workers of one generator meet; see weight_group."""
+
+    backend: Literal["nccl", "gloo"]
+    address: str
+    port: int
+    key: str
+    """Of this meeting alone, among all at that address."""
+    world_size: int
+    """The sender (rank 0), and every worker of the generator."""
+    timeout_s: float
+    """Of the meeting, and of each transfer."""
