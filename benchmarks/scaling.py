@@ -11,6 +11,7 @@ travel is arithmetic over WEIGHTS_BYTES and LINK_BYTES_PER_S.
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections import deque
@@ -60,6 +61,7 @@ GENERATORS_PER_NODE = 8
 TOKEN_BYTES = 12
 """Of a scored completion's token: id and two log-probabilities."""
 FLEET = tuple(4**power for power in range(7))
+QUEUE_ROUNDS = 5
 MIN_GROUPS = 512
 """Put for a measurement of the queue."""
 QUEUE_GENERATORS = (1, 16, 128)
@@ -162,6 +164,11 @@ def queue_cost(batch_groups: int, *, journaled: bool) -> QueueCost:
         return QueueCost(grant_s=grant_s / num_granted, put_s=put_s / num_put, num_decisions=update)
 
 
+def group_s(batch_groups: int, *, journaled: bool) -> float:
+    """The median of QUEUE_ROUNDS measurements."""
+    return statistics.median(queue_cost(batch_groups, journaled=journaled).group_s for _ in range(QUEUE_ROUNDS))
+
+
 def fleet(generators: int) -> Config:
     """The assumed run of that size: as many ranks as generators."""
     return Config(
@@ -190,8 +197,8 @@ def main() -> None:
     arguments = parser.parse_args()
     queue_cost(GROUPS_PER_GENERATOR, journaled=True)  # imports
     lives = [GROUPS_PER_GENERATOR * num for num in QUEUE_GENERATORS]
-    costs = [queue_cost(live, journaled=True).group_s for live in lives]
-    bare = [queue_cost(live, journaled=False).group_s for live in lives]
+    costs = [group_s(live, journaled=True) for live in lives]
+    bare = [group_s(live, journaled=False) for live in lives]
     slope, fixed = np.polyfit(lives, costs, 1)
     for live, cost, without in zip(lives, costs, bare, strict=True):
         print(f"queue, B {live:>6}: {1e3 * cost:.2f} ms per group, {1e3 * without:.2f} ms of it without the journal")
