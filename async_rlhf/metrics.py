@@ -130,6 +130,18 @@ METRICS: Mapping[str, Metric] = {
     "generate/running_requests": Metric("mean", "completions in the engines' batches, all generators, mean over that time"),
     "generate/waiting_requests": Metric("mean", "completions in the engines without a place in a batch, likewise"),
     "generate/kv_use_share": Metric("mean", "share of the key/value cache in use, mean over the engines' steps"),
+    "generate/work_s": Metric("mean", "engine steps since the last update, all generators: processor seconds; on a GPU wall time"),
+    "generate/step_fixed_s": Metric("mean", "such seconds of a step, whatever its batch, mean over generators; a fit of about 1,000 steps"),
+    "generate/step_completion_s": Metric("mean", "what each completion in the batch adds to them"),
+    "generate/step_prompt_s": Metric("mean", "what each completion that joins the batch adds besides: its prompt is read"),
+    "generate/cpu_s": Metric(
+        "mean", "processor seconds of the generators since the last update; this and its like: if on the driver's node"
+    ),
+    "score/cpu_s": Metric("mean", "the same of the scorers"),
+    "reward/cpu_s": Metric("mean", "the same of the reward actors"),
+    "train/cpu_s": Metric("mean", "the same of the learner ranks"),
+    "queue/cpu_s": Metric("mean", "the same of the queue"),
+    "time/driver_cpu_s": Metric("mean", "the same of the driver and the broadcaster"),
     "score/groups_per_s": Metric("mean", "groups scored per second, all scorers"),
     "score/idle_share": Metric("mean", "share of the scorers' time since the last update in which nobody had called them"),
     "score/latency_s": Metric("mean", "seconds per call of a scorer for training, as the driver sees it; absent where none ended"),
