@@ -234,10 +234,10 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
         sampled_scores: [K] scores of each group that came in since the last batch; empty: the batch's own.
     """
     rollouts = [rollout for scored in batch.groups for rollout in scored.group.rollouts]
-    references = [logprobs for scored in batch.groups for logprobs in scored.reference_logprobs]
+    behavior = np.concatenate([rollout.behavior_logprobs for rollout in rollouts])
+    reference = np.concatenate([logprobs for scored in batch.groups for logprobs in scored.reference_logprobs])
     scores = np.concatenate([scored.scores for scored in batch.groups])
     lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
-    kl = [float(np.sum(r.behavior_logprobs - reference)) for r, reference in zip(rollouts, references, strict=True)]
     staleness = batch.staleness
     prompt_ids = tuple(scored.group.ticket.prompt.prompt_id for scored in batch.groups)
     return BatchSummary(
@@ -254,7 +254,7 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
             "reward/batch_mean": float(scores.mean()),
             "reward/batch_std": float(scores.std()),
             **_part_means(batch),
-            "rollout/kl_k1_nats": float(np.mean(kl)),
+            "rollout/kl_k1_nats": float(behavior.sum(dtype=np.float64) - reference.sum(dtype=np.float64)) / len(rollouts),
             "rollout/length_tokens": float(lengths.mean()),
             "rollout/cut_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
             "rollout/tied_groups": float(sum(scored.tied for scored in batch.groups)),
