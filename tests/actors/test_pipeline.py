@@ -1261,8 +1261,7 @@ class MortalQueue(ReplayQueue):
 
     def died(self) -> None:
         self._journal.close()
-        if self._syncing is not None:
-            self._syncing.cancel()
+        self._durability.stop()
 
 
 def real(folder: Path, run_folder: Path, *overrides: str, num_generators: int = 1) -> Stage:
