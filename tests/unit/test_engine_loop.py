@@ -297,7 +297,7 @@ def test_what_steps_cost_is_read_off_the_loops_own_clock_and_who_joins_is_counte
     engine.allowed.release(3)
     loop = EngineLoop(engine, lambda name, completions: done.set(), clock=lambda: next(seconds))
     try:
-        loop.call(lambda owned: owned.add(request("a", num_steps=3)))
+        loop.call(lambda owned: engine.add(request("a", num_steps=3)))
 
         assert done.wait(WAIT_S)
         assert loop.usage.work_s == 3.0
