@@ -8,8 +8,9 @@ microbatches, the head on completion tokens alone, the same loss, fused AdamW, c
 collated beforehand at no cost to it. With two ranks it adds up the gradients once per step, whatever the stage. Both take turns in one
 process per rank, with a core and a thread of its own, and must report the same loss and gradient norm.
 
-`ratio_to_bare_torch` is that of the defaults: stage 0, one rank. The head's memory is counted, not timed: the largest sum of bytes of all
-tensors as wide as the vocabulary that live at the same time, forward and backward.
+`ratio_to_bare_torch` is that of stage 0 and one rank, the defaults; `packing_gain` that of long-tailed lengths and microbatches of the
+default size: smaller ones hold lengths more alike, and leave packing less to gain. The head's memory is counted, not timed: the largest
+sum of bytes of all tensors as wide as the vocabulary that live at the same time, forward and backward.
 """
 
 import os
@@ -34,6 +35,7 @@ from head_memory import peak_logits_bytes
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation
 
 from async_rlhf.config import Config, load_config
+from async_rlhf.config.schema import LearnerConfig
 from async_rlhf.sharding import shard_batch
 
 PROMPT_TOKENS = 24
@@ -42,6 +44,7 @@ LENGTHS = {"long-tailed": (32.0, 0.9, 512), "one length": (48.0, 0.0, 48)}
 GROUPS = {"1M": 32, "10M": 8, "50M": 4}
 """A batch per model size: about a second or two of one core."""
 HEADLINE = "10M"
+DEFAULT_TOKENS = LearnerConfig().max_tokens_per_microbatch
 PACKING_GOAL, RATIO_GOAL, MAX_SLOPE = 1.5, 0.90, 0.05
 
 
@@ -182,12 +185,14 @@ def against_bare(folder: Path, rounds: int, quick: bool) -> dict[str, float]:
 
 
 def packing(folder: Path, rounds: int) -> dict[str, float]:
-    """train_step on packed batches against padded ones, sequences of like length together in both."""
-    cases = [Case(size="1M", lengths=lengths, against="padded") for lengths in LENGTHS]
+    """train_step on packed batches against padded ones, groups of like length together in both."""
+    tailed = [Case(size="1M", tokens=tokens, against="padded") for tokens in (DEFAULT_TOKENS, 4096, 1024)]
+    cases = [*tailed, Case(size="1M", tokens=DEFAULT_TOKENS, lengths="one length", against="padded")]
     found = run(cases, 1, folder, rounds)
-    rows = [(case.lengths, *times.row) for case, times in zip(cases, found, strict=True)]
-    show("Packed and padded (1M parameters)", ("completions", "packed, tokens/s", "padded", "gain"), rows)
-    return {"packing_gain": found[0].ratio.median, "packing_gain_one_length": found[1].ratio.median}
+    rows = [(case.lengths, case.tokens, *times.row) for case, times in zip(cases, found, strict=True)]
+    show("Packed and padded (1M parameters)", ("completions", "microbatch", "packed, tokens/s", "padded", "gain"), rows)
+    of_size = {f"packing_gain_{case.tokens}": times.ratio.median for case, times in zip(tailed, found, strict=False)}
+    return {"packing_gain": found[0].ratio.median, **of_size, "packing_gain_one_length": found[-1].ratio.median}
 
 
 def head_memory(folder: Path) -> dict[str, float]:

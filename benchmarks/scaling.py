@@ -65,7 +65,7 @@ MIN_GROUPS = 512
 """Put for a measurement of the queue."""
 QUEUE_GENERATORS = (1, 16, 128)
 """At which the queue's cost is measured; between and beyond, a line in the number of live groups."""
-NUM_ROUNDS = 3
+NUM_ROUNDS = 5
 COLUMNS = ("generators", "update s", "completions/s", "idle g/l", "queue s", "one node s", "doubling s", "groups GB", "simulated in s")
 
 

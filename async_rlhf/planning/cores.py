@@ -4,6 +4,7 @@ Taking turns costs: what a process finds in the core's caches is another's. SWIT
 of one machine agree on how long their work takes (docs/scaling.md).
 """
 
+import math
 from collections.abc import Generator
 from typing import Any
 
@@ -46,8 +47,9 @@ class Cores:
         self._change(num)
         while seconds > 1e-12 and not (until is not None and until.processed):
             speed, began = self.speed, self._env.now
-            ends = [self._env.timeout(seconds / speed), self._changed]
-            yield self._env.any_of(ends if until is None else [*ends, until])
+            worked = self._env.timeout(seconds / speed)
+            others = [event for event in (self._changed if self._num < math.inf else None, until) if event is not None]
+            yield self._env.any_of([worked, *others]) if others else worked
             worked_s = (self._env.now - began) * speed
             self._worked_s += num * worked_s
             self._spent_s += num * worked_s * (1.0 if speed == 1.0 else 1 + SWITCHING)

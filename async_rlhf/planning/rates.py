@@ -118,7 +118,8 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths, *, sha
     Raises:
         ConfigError: fewer than MIN_UPDATES settled updates, or rows without the keys that this takes.
     """
-    spans = _spans(rows, SHARED if shared_cores else ())
+    keys = (*SHARED, *(["reward/cpu_s"] if config.reward.count else [])) if shared_cores else ()
+    spans = _spans(rows, keys)
     update_s = float(np.mean([seconds for seconds, _ in spans]))
 
     def mean(key: str) -> float:
@@ -186,7 +187,7 @@ def _spans(rows: Sequence[Row], keys: Sequence[str] = ()) -> list[tuple[float, R
     if len(spans) < MIN_UPDATES:
         raise ConfigError(
             f"the run has {len(spans)} whole updates after its first {SETTLED_VERSION} and before its last one with {', '.join(needed)}; a "
-            f"measurement takes {MIN_UPDATES}; train longer, or give rates (--rates)"
+            f"measurement takes {MIN_UPDATES}; train longer, or anew if its rows lack one of these, or give rates (--rates)"
         )
     return spans
 

@@ -291,12 +291,13 @@ class JoiningEngine(PacedEngine):
 
 def test_what_steps_cost_is_read_off_the_loops_own_clock_and_who_joins_is_counted_once():
     """A clock that goes on by a second whenever it is looked at: each of three steps costs one; two completions join in the first."""
-    engine, done = JoiningEngine(), threading.Event()
+    engine: Any = JoiningEngine()
+    done = threading.Event()
     seconds = itertools.count(0.0)
     engine.allowed.release(3)
     loop = EngineLoop(engine, lambda name, completions: done.set(), clock=lambda: next(seconds))
     try:
-        loop.call(lambda engine: engine.add(request("a", num_steps=3)))
+        loop.call(lambda owned: engine.add(request("a", num_steps=3)))
 
         assert done.wait(WAIT_S)
         assert loop.usage.work_s == 3.0

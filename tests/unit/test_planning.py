@@ -407,11 +407,12 @@ def test_rates_on_shared_cores_are_processor_time():
     assert (rates.load_s, rates.transfer_s) == (pytest.approx(0.05), pytest.approx(0.1))
 
 
-def test_rates_on_shared_cores_take_processor_time_that_was_measured():
-    rows = [{key: value for key, value in row.items() if key != "queue/cpu_s"} for row in measured_rows()]
+@pytest.mark.parametrize(("key", "config"), [("queue/cpu_s", CONFIG), ("reward/cpu_s", replace(CONFIG, reward=RewardConfig(count=1)))])
+def test_rates_on_shared_cores_take_processor_time_that_was_measured(key: str, config: Config):
+    rows = [{name: value for name, value in row.items() if name != key} for row in measured_rows()]
 
-    with pytest.raises(ConfigError, match=r"queue/cpu_s.* takes 8"):
-        calibrated_rates(rows, CONFIG, even(), num_cores=2)
+    with pytest.raises(ConfigError, match=rf"{key}.* takes 8"):
+        calibrated_rates(rows, config, even(), num_cores=2)
 
 
 def test_on_shared_cores_a_call_takes_what_driver_and_queue_worked_for_it():
