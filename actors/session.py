@@ -6,23 +6,33 @@ Ray reads its authentication settings when it is imported, so this module must n
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from async_rlhf.errors import RunError
+
 PREFIX = "arlhf-"
 """Of session folders, in the folder for temporary files."""
+
+HEAD_ANSWERS_S = 10.0
+"""Longest that a cluster's head may take to accept a connection."""
 
 
 def open_session() -> Path | None:
     """Prepare the environment; returns the session folder of a Ray of our own, or None where RAY_ADDRESS names a cluster.
 
     The folder is readable by this user alone and holds a fresh token: whoever reaches an open Ray port runs code as we do.
+
+    Raises:
+        RunError: nobody answers at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Errors that nobody awaits are those of calls whose other answer was awaited; each is reported once, by us.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_head(address)
         return None
     folder = make_session_folder()
     token = folder / "token"
@@ -31,6 +41,20 @@ def open_session() -> Path | None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     return folder
+
+
+def _check_head(address: str) -> None:
+    """Ray itself would ask a head that is not there for minutes, in silence."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # `auto`: Ray looks for the address itself, and says at once where it finds none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), HEAD_ANSWERS_S).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"no Ray head answers at RAY_ADDRESS={address}: {error}; is the address right and the cluster up (`ray status`)? "
+            "Without RAY_ADDRESS a Ray is started here"
+        ) from error
 
 
 @cache

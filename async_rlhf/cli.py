@@ -1,20 +1,17 @@
 """The command line. Each command is a thin shell: parse, call `commands`, turn errors into one line and an exit code."""
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from async_rlhf import __version__
+from async_rlhf.commands.application import config_of, require_application
 from async_rlhf.commands.say import say
 from async_rlhf.commands.signals import Interrupted
 from async_rlhf.errors import AsyncRLHFError, ConfigError, RewardError
-
-if TYPE_CHECKING:
-    from async_rlhf.config import Config
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Asynchronous RLHF on Ray, vLLM and DeepSpeed."
@@ -31,8 +28,8 @@ def train(
     """Train a policy; see conf/quickstart.yaml."""
     from async_rlhf.commands.train import run_or_resume, run_train
 
-    _require_application()
-    raise typer.Exit((run_or_resume if resume else run_train)(_load(words), Console()))
+    require_application()
+    raise typer.Exit((run_or_resume if resume else run_train)(config_of(words), Console()))
 
 
 @app.command()
@@ -44,7 +41,7 @@ def resume(
     """Go on with a run that was interrupted, killed or failed; other settings may be given."""
     from async_rlhf.commands.resume import run_resume
 
-    _require_application()
+    require_application()
     raise typer.Exit(run_resume(run, words or [], checkpoint, Console()))
 
 
@@ -58,7 +55,7 @@ def replay(
     """Train a run's batches once more, without generators: the same numbers again, bit for bit, on the CPU."""
     from async_rlhf.commands.replay import run_replay
 
-    _require_application()
+    require_application()
     raise typer.Exit(run_replay(run, overrides or [], until, compare, Console()))
 
 
@@ -70,8 +67,8 @@ def sft(
     """Make the task's supervised start, or fine-tune model.path on sft.sources."""
     from async_rlhf.commands.sft import run_sft
 
-    _require_application()
-    run_sft(_load(words), out, Console(), in_process=False)
+    require_application()
+    run_sft(config_of(words), out, Console(), in_process=False)
 
 
 @app.command(name="reward-model")
@@ -81,8 +78,8 @@ def reward_model(
     """Train a reward model on preference pairs."""
     from async_rlhf.commands.reward_model import run_reward_model
 
-    _require_application()
-    run_reward_model(_load(words), out, Console(), in_process=False)
+    require_application()
+    run_reward_model(config_of(words), out, Console(), in_process=False)
 
 
 @app.command()
@@ -93,8 +90,8 @@ def relabel(
     """Order the pairs of a preference set anew, by the config's reward."""
     from async_rlhf.commands.relabel import run_relabel
 
-    _require_application()
-    run_relabel(_load(words), out, Console())
+    require_application()
+    run_relabel(config_of(words), out, Console())
 
 
 @app.command(name="eval")
@@ -111,9 +108,28 @@ def evaluate(
     """Scores, win-rate and KL of a model on held-out prompts, with intervals."""
     from async_rlhf.commands.evaluate import Wishes, run_evaluate
 
-    _require_application()
+    require_application()
     wishes = Wishes(against=against, judge=judge, reference=reference, greedy=greedy, samples=samples, out=out)
     raise typer.Exit(run_evaluate(model, words or [], wishes, Console()))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN", help="A Hugging Face model folder, or a run folder: its final policy.")],
+    words: Words = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; again for more.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line; -: standard input.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are a user's turns, for the model's chat template.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0: greedy; default: generator.temperature.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines instead: prompt, completion, tokens, log-probabilities.")] = None,
+) -> None:
+    """What a policy answers to prompts of yours."""
+    from async_rlhf.commands.generate import Questions, run_generate
+
+    require_application()
+    questions = Questions(prompts=tuple(prompt or ()), file=prompts, chat=chat, num_samples=samples, temperature=temperature)
+    run_generate(model, words or [], questions, out, Console())
 
 
 @app.command(name="export")
@@ -126,7 +142,7 @@ def export_(
     """Write a policy as a Hugging Face folder, also from a checkpoint of a run that goes on."""
     from async_rlhf.commands.export import run_export
 
-    _require_application()
+    require_application()
     run_export(run, out, checkpoint, adapter, Console())
 
 
@@ -225,9 +241,20 @@ def serve_reward(
 def config(words: Words = None) -> None:
     """Print the resolved config and where each value came from."""
     from async_rlhf.commands.config import run_config
+    from async_rlhf.config.load import split_arguments
 
-    files, overrides = _split(words)
-    run_config(files, overrides, Console())
+    run_config(*split_arguments(words or []), Console())
+
+
+@app.command()
+def doctor(
+    runs: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where run folders will be.")] = Path("runs"),
+) -> None:
+    """Whether this machine, what is installed on it, and its Ray are fit for a run."""
+    from async_rlhf.commands.doctor import run_doctor
+
+    require_application()
+    raise typer.Exit(run_doctor(runs.resolve(), Console()))
 
 
 @app.command()
@@ -251,35 +278,6 @@ def main() -> None:
 def _fail(error: Exception, code: int) -> None:
     say(Console(stderr=True), f"error: {error}", style="bold red")
     sys.exit(code)
-
-
-def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
-    from async_rlhf.config.load import split_arguments
-
-    return split_arguments(words or [])
-
-
-def _load(words: list[str] | None) -> "Config":
-    from async_rlhf.config import load_config
-
-    files, overrides = _split(words)
-    return load_config(files, overrides).config
-
-
-def _require_application() -> None:
-    """The packages `actors` and `learners` run from a checkout; the wheel carries async_rlhf alone."""
-    checkout = Path(__file__).resolve().parents[1]
-    for name in ("actors", "learners"):
-        try:
-            module = import_module(name)
-        except ModuleNotFoundError:
-            raise ConfigError(
-                f"this command needs the application package {name!r}, which the wheel does not carry: run it from a checkout "
-                "(as a job: --working-dir .), or install one with `pip install -e .`"
-            ) from None
-        place = Path(str(module.__file__)).resolve().parent
-        if place != checkout / name:
-            raise ConfigError(f"a foreign package {name!r} at {place} hides ours; remove it, or run from a checkout: python -m async_rlhf")
 
 
 if __name__ == "__main__":

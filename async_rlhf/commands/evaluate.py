@@ -1,28 +1,22 @@
 """`async-rlhf eval`: what a finished model answers to the held-out prompts, in numbers and in words."""
 
 import json
-import os
-import time
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import Progress
 
 from async_rlhf.commands.evaluation_table import print_findings
 from async_rlhf.commands.resume import read_origin
+from async_rlhf.commands.sampling import engine_of, policy_of, prepare_process, sample
 from async_rlhf.commands.say import say
-from async_rlhf.config import Config, load_config
-from async_rlhf.config.load import split_arguments
-from async_rlhf.config.lora import LoraConfig
+from async_rlhf.config import Config
 from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.evaluation import Evaluation, Findings, measure
 from async_rlhf.evaluation_log import read_evaluation
-from async_rlhf.hub import model_folder, with_local_models
+from async_rlhf.hub import with_local_models
 from async_rlhf.model_folders import check_model_folder
 from async_rlhf.opponents import (
     REFERENCES,
@@ -38,25 +32,12 @@ from async_rlhf.opponents import (
 from async_rlhf.prompts import held_out_prompts
 from async_rlhf.rewards import Reward, check_rewards, open_metric, open_reward
 from async_rlhf.run_plan import is_separate, reward_and_metric
-from async_rlhf.state import STATE_FILE, read_state, write_atomically
-from async_rlhf.types import Prompt, Rollout
+from async_rlhf.state import write_atomically
+from async_rlhf.types import Prompt
 from async_rlhf.winrate import load_comparer
 
 if TYPE_CHECKING:
     from actors.assessor import Assessor
-    from actors.generator import Generator
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Libraries that talk about themselves.
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "DS_LOG_LEVEL": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
-LOOK_S = 0.2
-"""Seconds between two looks at how far the sampling is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +92,7 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
         check_rewards(config.reward, subject.reward)
     check_opponent(config.evaluation, prompts)
     opponent = _opponent(config, prompts, console)
-    # Before the engine is imported: it reads them then.
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    prepare_process()
     say(console, f"model: {subject.folder} ({config.generator.engine}), task {config.task.name}, {len(prompts)} held-out prompts")
     assessor = _assessor(subject)
     findings = _find(subject, prompts, assessor, wishes, console)
@@ -128,17 +106,8 @@ def run_evaluate(model: Path, words: list[str], wishes: Wishes, console: Console
 
 
 def _resolve(model: Path, words: list[str], wishes: Wishes) -> Subject:
-    files, overrides = split_arguments(words)
-    of_run = (model / STATE_FILE).is_file()
-    if of_run and (read_state(model).phase != "finished" or not (model / "model").is_dir()):
-        raise ConfigError(
-            f"{model} is the folder of a run that is not finished, so it has no final policy; make a model folder of its newest checkpoint "
-            f"with `async-rlhf export {model}`, and give that"
-        )
-    config = _wished(load_config([model / "config.yaml", *files] if of_run else files, overrides).config, wishes)
-    config = replace(config, learner=replace(config.learner, lora=LoraConfig()))  # the folder has all weights
-    folder = (model / "model").resolve() if of_run else model_folder("MODEL", str(model))
-    check_model_folder(folder)
+    policy = policy_of(model, words)
+    config, folder, of_run = _wished(policy.config, wishes), policy.folder, policy.of_run
     if of_run:
         origin = read_origin(model)
         metric, reward, reference = origin["metric"], origin["reward"], Path(origin["model_folder"])
@@ -204,36 +173,14 @@ def _assessor(subject: Subject) -> "Assessor":
 
 def _find(subject: Subject, prompts: Sequence[Prompt], assessor: "Assessor", wishes: Wishes, console: Console) -> Findings:
     """Greedy and, unless it is not wanted, sampled completions, judged."""
-    from actors.generator import Generator
-    from async_rlhf.snapshot import snapshot_of_folder
-
     config = subject.config
-    # Before the engine: vLLM changes transformers' own classes for some architectures.
-    weights = snapshot_of_folder(subject.folder, config.generator.dtype)
-    generator = Generator(config, str(subject.folder), "eval")
     temperatures = [0.0] if wishes.greedy else [0.0, config.generator.temperature]
     found: list[Evaluation] = []
-    try:
-        generator.install(weights)
+    with engine_of(config, subject.folder) as generator:
         for temperature in temperatures:
-            rollouts = _sample(generator, prompts, temperature, console)
-            samples = assessor.assess(prompts, rollouts, temperature > 0)
+            samples = assessor.assess(prompts, sample(generator, prompts, temperature, console), temperature > 0)
             found.append(Evaluation(version=0, temperature=temperature, samples=tuple(samples)))
-    finally:
-        generator.close()
     return Findings(stage="final", version=0, greedy=found[0], sampled=found[1] if len(found) > 1 else None)
-
-
-def _sample(generator: "Generator", prompts: Sequence[Prompt], temperature: float, console: Console) -> list[Rollout]:
-    """All completions at once; a bar in a terminal shows how many are there."""
-    before = generator.usage().num_completions
-    with ThreadPoolExecutor(1) as pool, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("greedy" if not temperature else f"temperature {temperature:g}", total=len(prompts))
-        sampling = pool.submit(generator.evaluate, prompts, temperature)
-        while not sampling.done():
-            progress.update(bar, completed=generator.usage().num_completions - before)
-            time.sleep(LOOK_S)
-        return sampling.result()
 
 
 def _rated_and_compared(
