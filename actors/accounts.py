@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
 from actors.meters import Readings
-from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, rates, train_rates, weight_rates
+from actors.rates import Counted, Row, WorkerSeconds, clip, idle_share, processor_rates, rates, train_rates, weight_rates
 from async_rlhf.config import Config
 from async_rlhf.scores import ScoreMoments
 from async_rlhf.state import TrainingState
@@ -173,10 +173,11 @@ class Accounts:
             "generate/generators": there.generators / elapsed_s,
             **train_rates(record, elapsed_s),
             **weight_rates(record),
+            **processor_rates(self.last, now_counted),
             "time/update_s": elapsed_s,
             "supervision/restarts": sum(self.restarts.values()),
         }
 
 
 def _counted(record: "UpdateRecord") -> Counted:
-    return Counted(usage=dict(record.usage), readings=record.readings, generator_s=record.generator_s)
+    return Counted(usage=dict(record.usage), readings=record.readings, generator_s=record.generator_s, processor=record.processor)

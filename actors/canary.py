@@ -6,13 +6,13 @@ fixed text must equal the learner's. And a canary that cannot fail proves nothin
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from async_rlhf.checksums import checksum
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, WeightsError
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
@@ -94,7 +94,7 @@ def check_tensors(weights: WeightsVersion) -> None:
         array = weights.tensors.get(spec.name)
         if array is None:
             raise WeightsError(f"tensor {spec.name} of weights version {weights.manifest.version} did not arrive")
-        if array.shape != spec.shape or zlib.crc32(bytes_of(array)) != spec.checksum:
+        if array.shape != spec.shape or checksum(array) != spec.checksum:
             raise WeightsError(
                 f"tensor {spec.name} of weights version {weights.manifest.version} was damaged on its way (shape {array.shape}, "
                 f"expected {spec.shape}, or its checksum differs)"
@@ -126,7 +126,7 @@ def perturbed(weights: WeightsVersion) -> WeightsVersion:
     """The same version with visible, seeded noise on every tensor: what a canary must notice."""
     rng = np.random.default_rng(0)
     tensors = {spec.name: _with_noise(weights.tensors[spec.name], spec, rng) for spec in weights.manifest.tensors}
-    specs = tuple(replace(spec, checksum=zlib.crc32(bytes_of(tensors[spec.name]))) for spec in weights.manifest.tensors)
+    specs = tuple(replace(spec, checksum=checksum(tensors[spec.name])) for spec in weights.manifest.tensors)
     return WeightsVersion(manifest=replace(weights.manifest, tensors=specs), tensors=tensors)
 
 
@@ -139,8 +139,3 @@ def _with_noise(array: np.ndarray, spec: TensorSpec, rng: np.random.Generator) -
     if bf16:
         return (noisy.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
     return noisy.astype(array.dtype)
-
-
-def bytes_of(array: np.ndarray) -> memoryview:
-    """An array's memory, in order; copied only where it is not in one piece."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

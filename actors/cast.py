@@ -9,6 +9,7 @@ from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
 from actors.placement import HERE
+from actors.processor_time import ProcessorTime
 from actors.receiving import ReceivingGenerator
 from actors.replay_queue import ReplayQueue
 from actors.reward import Rater
@@ -113,6 +114,7 @@ class Cast:
             queue=self.queue,
             broadcaster=self.broadcaster,
             learner=self.learner,
+            processor=ProcessorTime(),
             transport=(ByGroup if plan.config.weights.by_group else ByReference)(plan.config),
         )
         return crew, joining.result()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from actors.engine_loop import EngineUsage
 from actors.gate import InstallGate
 from actors.meters import Meters, Readings
+from actors.processor_time import ProcessorTime, Seconds
 from actors.remote import RemoteActor
 from actors.replay_queue import Booked, Fact
 from actors.roster import Roster
@@ -57,6 +58,9 @@ class Crew:
     idle_rewards: "asyncio.Queue[Member]" = field(default_factory=asyncio.Queue)
     """Those of `rewards`, likewise."""
 
+    processor: ProcessorTime | None = None
+    """None: nobody asks what the processes take of the cores."""
+
     def __post_init__(self) -> None:
         for reward in self.rewards:
             self.idle_rewards.put_nowait(reward)
@@ -67,6 +71,15 @@ class Crew:
     def generators(self) -> Sequence[Member]:
         """Those that take part at this moment."""
         return self.roster.members
+
+    @property
+    def processor_seconds(self) -> Seconds:
+        """Of the processes that are at work, by part; see ProcessorTime."""
+        if self.processor is None:
+            return {}
+        parts = {"generate": self.generators, "score": self.scorers, "reward": self.rewards, "queue": [self.queue]}
+        crew = {part: [member.actor for member in members if member.is_played] for part, members in parts.items()}
+        return self.processor.read({**crew, "train": self.learner.ranks, "publish": [self.broadcaster.actor]})
 
     async def publish(self, version: int, config: Config) -> Published:
         """Have the learner's version pulled and offered to the generators."""
@@ -115,6 +128,8 @@ class UpdateRecord:
     """From the decision until the ranks begin: the shards are made, and move to them."""
     readings: Readings = field(default_factory=Readings)
     """Of the meters, cumulative."""
+    processor: Seconds = field(default_factory=dict[str, Mapping[str, float]])
+    """Processor seconds, cumulative."""
 
     @property
     def counters(self) -> QueueCounters:

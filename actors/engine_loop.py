@@ -12,12 +12,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from actors.step_cost import StepMoments
 from async_rlhf.errors import EngineError
 from async_rlhf.protocols import Engine, Occupancy
 from async_rlhf.types import Rollout
 
 T = TypeVar("T")
 EMPTY = Occupancy(num_running=0, num_waiting=0, kv_use_share=0.0)
+NO_STEPS = StepMoments()
 Finished = Callable[[str, tuple[Rollout, ...]], None]
 
 
@@ -36,6 +38,10 @@ class EngineUsage:
     """Completions waiting for a place in it x seconds."""
     kv_use_s: float = 0.0
     """Share of the key/value cache in use x seconds."""
+    work_s: float = 0.0
+    """Of busy_s, by the loop's clock."""
+    steps: StepMoments = NO_STEPS
+    """What steps cost, by the same clock."""
     occupancy: Occupancy = EMPTY
     """After the last step."""
 
@@ -50,13 +56,15 @@ class _Command:
 class EngineLoop:
     """Owns an engine and its thread."""
 
-    def __init__(self, engine: Engine, on_finished: Finished) -> None:
+    def __init__(self, engine: Engine, on_finished: Finished, clock: Callable[[], float] = time.perf_counter) -> None:
         """
         Args:
             on_finished: called on the loop's thread with each finished request and its completions.
+            clock: what steps cost, read on the loop's thread; one of processor time leaves out what others took of a shared core.
         """
         self._engine = engine
         self._on_finished = on_finished
+        self._clock = clock
         self._commands: deque[_Command] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -142,9 +150,12 @@ class EngineLoop:
             ran = True
 
     def _step(self) -> None:
-        started = time.perf_counter()
+        before = self._engine.occupancy
+        started, began = time.perf_counter(), self._clock()
         finished = self._engine.step()
-        usage, occupancy, step_s = self._usage, self._engine.occupancy, time.perf_counter() - started
+        usage, work_s, step_s = self._usage, self._clock() - began, time.perf_counter() - started
+        occupancy = self._engine.occupancy
+        num_joined = max(0, before.num_waiting - occupancy.num_waiting)
         rollouts = [rollout for _, completions in finished for rollout in completions]
         self._usage = EngineUsage(
             busy_s=usage.busy_s + step_s,
@@ -153,6 +164,8 @@ class EngineLoop:
             running_s=usage.running_s + occupancy.num_running * step_s,
             waiting_s=usage.waiting_s + occupancy.num_waiting * step_s,
             kv_use_s=usage.kv_use_s + occupancy.kv_use_share * step_s,
+            work_s=usage.work_s + work_s,
+            steps=usage.steps.with_step(before.num_running + num_joined, num_joined, work_s),
             occupancy=occupancy,
         )
         for request_id, completions in finished:

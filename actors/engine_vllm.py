@@ -31,8 +31,7 @@ from async_rlhf.config.schema import GeneratorConfig
 from async_rlhf.errors import EngineError, TransferError
 from async_rlhf.policy import empty_policy
 from async_rlhf.protocols import Occupancy, SampleRequest
-from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsManifest, WeightsVersion
-from async_rlhf.weight_group import Meeting
+from async_rlhf.types import FinishReason, Meeting, Rollout, VersionSpan, WeightsManifest, WeightsVersion
 
 _CANARY = "canary"
 

@@ -49,7 +49,7 @@ class Generator:
         self._groups: list[RolloutGroup] = []
         self._changed = threading.Condition()
         self._num_evaluations = 0
-        self._loop = EngineLoop(make_engine(config, Path(model_folder)), self._on_finished)
+        self._loop = EngineLoop(make_engine(config, Path(model_folder)), self._on_finished, _clock(config))
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Start sampling; all of them join the batch before its next step."""
@@ -191,6 +191,12 @@ class Generator:
 def _seed_of(prompt: Prompt) -> int:
     """The prompt's own seed, whoever is asked, and beside which others."""
     return zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode(errors="replace"))
+
+
+def _clock(config: Config) -> Callable[[], float]:
+    """For what a step costs: processor time where it is computed on the loop's own thread."""
+    own = config.generator.num_gpus == 0 and config.generator.tensor_parallel_size == 1
+    return time.thread_time if own else time.perf_counter
 
 
 def make_engine(config: Config, model_folder: Path) -> Engine:

@@ -134,6 +134,7 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 health=crew.roster.health(crew.installs),
                 take_s=max(0.0, trained - taken - max(report.train_s for report in reports)),
                 readings=crew.meters.readings,
+                processor=crew.processor_seconds,
             )
         )
         version += 1

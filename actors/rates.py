@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from actors.engine_loop import EngineUsage
 from actors.meters import Reading, Readings
+from actors.processor_time import DRIVER, Seconds, spent
 
 if TYPE_CHECKING:
     from actors.crew import UpdateRecord
@@ -20,6 +21,7 @@ class Counted:
     usage: Mapping[str, EngineUsage] = field(default_factory=dict[str, EngineUsage])
     """Per incarnation of a generator; the dead ones stay."""
     readings: Readings = field(default_factory=Readings)
+    processor: Seconds = field(default_factory=dict[str, Mapping[str, float]])
     generator_s: float = 0.0
     """Seconds that generators took part, all of them together; see Roster."""
 
@@ -51,6 +53,7 @@ def rates(before: Counted, after: Counted, elapsed_s: float, there: WorkerSecond
         "score/groups_per_s": (new.score.num_groups - old.score.num_groups) / elapsed_s,
         "score/idle_share": _idle(old.score, new.score, there.scorers),
         **_latency("score/latency_s", old.score, new.score),
+        **_step_rates(before.usage, after.usage),
     }
     if there.rewards:
         row |= {"reward/idle_share": _idle(old.reward, new.reward, there.rewards), **_latency("reward/latency_s", old.reward, new.reward)}
@@ -69,6 +72,15 @@ def weight_rates(record: "UpdateRecord") -> Row:
         "weights/canary_s": max((install.canary_s for install in installs), default=0.0),
         "weights/canary_error_nats": max((install.canary_error for install in installs), default=0.0),
     }
+
+
+def processor_rates(before: Counted, after: Counted) -> Row:
+    """Processor seconds since the last update; absent of what is on other nodes."""
+    old, new = before.processor, after.processor
+    row = {f"{part}/cpu_s": spent(old, new, part) for part in ("generate", "score", "reward", "train", "queue")}
+    of_driver = [seconds for part in (DRIVER, "publish") if (seconds := spent(old, new, part)) is not None]
+    row["time/driver_cpu_s"] = sum(of_driver) if of_driver else None
+    return {key: seconds for key, seconds in row.items() if seconds is not None}
 
 
 def train_rates(record: "UpdateRecord", elapsed_s: float) -> Row:
@@ -96,6 +108,20 @@ def sum_of(usage: Mapping[str, EngineUsage], count: str) -> float:
 def clip(share: float) -> float:
     """Between 0 and 1: the clocks of several processes disagree a little."""
     return min(1.0, max(0.0, share))
+
+
+def _step_rates(before: Mapping[str, EngineUsage], after: Mapping[str, EngineUsage]) -> Row:
+    """What a step of an engine costs: the mean over those that took one."""
+    stepped = [usage for name, usage in after.items() if usage.busy_s > (before[name].busy_s if name in before else 0.0)]
+    costs = [cost for usage in stepped if (cost := usage.steps.fitted()) is not None]
+    if not costs:
+        return {}
+    return {
+        "generate/work_s": sum_of(after, "work_s") - sum_of(before, "work_s"),
+        "generate/step_fixed_s": sum(cost.fixed_s for cost in costs) / len(costs),
+        "generate/step_completion_s": sum(cost.completion_s for cost in costs) / len(costs),
+        "generate/step_prompt_s": sum(cost.prompt_s for cost in costs) / len(costs),
+    }
 
 
 def _idle(before: Reading, after: Reading, worker_s: float) -> float:

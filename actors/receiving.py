@@ -7,8 +7,7 @@ from typing import cast
 from actors.canary import check_manifest
 from actors.generator import ROUNDS_OF_PROOF, Generator
 from async_rlhf.protocols import ReceivingEngine
-from async_rlhf.types import InstallReport, WeightsManifest, WeightsVersion
-from async_rlhf.weight_group import Meeting
+from async_rlhf.types import InstallReport, Meeting, WeightsManifest, WeightsVersion
 
 
 class ReceivingGenerator(Generator):

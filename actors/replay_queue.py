@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.durability import Durability
 from actors.waiting import changed_before
 from async_rlhf.config import Config
 from async_rlhf.errors import JournalLockedError, RunError
@@ -18,6 +19,7 @@ from async_rlhf.history import History
 from async_rlhf.journal import Journal, Mark
 from async_rlhf.ledger import Ledger
 from async_rlhf.metrics import BatchSummary
+from async_rlhf.parcel import Parcel
 from async_rlhf.prompts import make_stream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.rollouts import export_segment
@@ -29,7 +31,7 @@ from async_rlhf.types import ScoredGroup, Ticket
 LOCK_WAIT_S = 15.0
 """A frozen queue on another node lives for some seconds after it was killed."""
 
-Shard = tuple[tuple[ScoredGroup, ...], ...]
+Shard = tuple[Parcel, ...]
 """One rank's share of a batch: its groups, by minibatch."""
 
 
@@ -119,7 +121,6 @@ class ReplayQueue:
         self._num_ranks = config.learner.num_ranks
         self._num_minibatches = config.algorithm.minibatches_per_batch
         self._lease_s = config.queue.lease_s
-        self._sync_s = config.queue.sync_s
         self._poll_s = config.prompts.poll_s if any(source.live for source in config.prompts.sources.values()) else float("inf")
         """New prompts may come with nobody to notify whoever waits for a ticket."""
         self._changed = asyncio.Condition()
@@ -127,7 +128,7 @@ class ReplayQueue:
         self._revoked: set[str] = set()
         """Holders that are gone, or about to be: they sample from an undone history."""
         self._shards: tuple[int, tuple[Shard, ...]] = (-1, ())
-        self._syncing: asyncio.Task[None] | None = None
+        self._durability = Durability(self._history, self._journal, config.queue.sync_s)
         for slot in self._history.ledger.slots.values():  # leases of before this queue's restart live on, on this clock
             slot.lease_ends_s = time.monotonic() + config.queue.lease_s
 
@@ -138,7 +139,7 @@ class ReplayQueue:
         The same `request` number again gives the same tickets.
         """
         ends = time.monotonic() + wait_s
-        self._keep_syncing()
+        self._durability.keep_going()
         async with self._changed:
             self._install(holder, installed)
             while True:
@@ -170,7 +171,9 @@ class ReplayQueue:
                 case Undone():
                     self._revoked |= self._installed.keys()
                     self._shards = (-1, ())
-                    self._history.annul(fact.version, fact.newest_faithful)
+                    async with self._durability.still:
+                        self._history.annul(fact.version, fact.newest_faithful)
+                        self._durability.undo(fact.version)
             self._history.flush()
             self._changed.notify_all()
         return self._buffer.counters
@@ -190,24 +193,28 @@ class ReplayQueue:
             while True:
                 summary = self._history.summary(update)
                 if summary is not None:
-                    return NextBatch(summary=summary, closed=False, counters=self._buffer.counters)
+                    break
                 if update != self._buffer.decided:
                     raise RunError(f"batch {update} was asked for, but {self._buffer.decided} is next and it is no longer kept")
-                if self._buffer.decide() is not None:
-                    self._history.flush(durable=True)  # before any rank gets its shard
+                decided = self._buffer.decide()
+                self._history.flush()
+                if decided is not None:
                     self._changed.notify_all()
                     continue
-                self._history.flush()
                 if self._buffer.finished or not await changed_before(self._changed, ends):
                     return NextBatch(summary=None, closed=self._buffer.finished, counters=self._buffer.counters)
+        await self._durability.decision(update)  # before any rank gets its shard
+        return NextBatch(summary=summary, closed=False, counters=self._buffer.counters)
 
     async def take(self, update: int, rank: int) -> tuple[int, Shard]:
         """(update, rank `rank`'s shard of this decided batch); the same again when asked again."""
+        await self._durability.decision(update)
         if self._shards[0] != update:
             if self._history.summary(update) is None:
                 raise RunError(f"a shard of batch {update} was asked for, but that batch is not decided, or no longer kept")
             batch = self._history.batch(update)
-            self._shards = update, shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
+            shards = shard_batch(batch, num_ranks=self._num_ranks, num_minibatches=self._num_minibatches)
+            self._shards = update, tuple(tuple(map(Parcel, shard)) for shard in shards)
         return update, self._shards[1][rank]
 
     async def trained(self, update: int, digest: int, canary_logprobs: tuple[float, ...]) -> Booked:
@@ -218,7 +225,8 @@ class ReplayQueue:
 
     async def checkpoint(self) -> Mark:
         """Begin a segment; returns how far the history goes, all of it on the disk."""
-        return self._history.begin_segment()
+        async with self._durability.still:
+            return self._history.begin_segment()
 
     def _grant(self, holder: str, request: int, max_tickets: int) -> list[Ticket]:
         installed = self._installed[holder]
@@ -236,16 +244,6 @@ class ReplayQueue:
         for segment in self._history.forget_before(version):
             await asyncio.to_thread(export_segment, self._run_folder, segment)
             self._history.drop_segment(segment)
-
-    def _keep_syncing(self) -> None:
-        if self._syncing is not None and self._syncing.done():
-            self._syncing.result()  # what ended it
-        self._syncing = self._syncing or asyncio.create_task(self._sync())
-
-    async def _sync(self) -> None:
-        while True:
-            await asyncio.sleep(self._sync_s)
-            self._history.flush(durable=True)
 
 
 def _open(folder: Path) -> Journal:

@@ -6,6 +6,7 @@ from pathlib import Path
 from actors.assessor import Assessor
 from async_rlhf.config import Config
 from async_rlhf.evaluation import Sample
+from async_rlhf.parcel import Parcel
 from async_rlhf.rewards import Rating, open_metric, open_reward
 from async_rlhf.scores import penalise_cut
 from async_rlhf.types import Prompt, Rollout, RolloutGroup, ScoredGroup
@@ -33,7 +34,7 @@ class Scorer:
         self._reference = ReferencePolicy(Path(model_folder), config)
         self._assessor = Assessor(self._tokenizer, metric, self._reference)
 
-    def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, list[ScoredGroup]]:
+    def score(self, groups: Sequence[RolloutGroup], only: int | None = None, rating: Rating | None = None) -> tuple[int, Parcel]:
         """Score finished groups, in their order, or the one of index `only`; returns how many, and them.
 
         Args:
@@ -66,7 +67,7 @@ class Scorer:
                 )
             )
             start = end
-        return len(scored), scored
+        return len(scored), Parcel(scored)
 
     def assess(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampled: bool) -> list[Sample]:
         """Single completions of held-out prompts, for an evaluation; see Assessor."""

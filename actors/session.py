@@ -34,6 +34,8 @@ def open_session() -> Path | None:
     if address := os.environ.get("RAY_ADDRESS"):
         _check_head(address)
         return None
+    # Ray's head keeps the story of its last 100,000 calls, 2 KB each, for its task list: 60 MiB per 1,000 updates until then.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "5000")
     folder = make_session_folder()
     token = folder / "token"
     token.touch(mode=0o600)

@@ -24,8 +24,7 @@ from actors.supervision import LOST
 from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
 from async_rlhf.errors import ActorFailedError, TransferError
-from async_rlhf.types import InstallReport
-from async_rlhf.weight_group import Meeting
+from async_rlhf.types import InstallReport, Meeting
 
 T = TypeVar("T")
 

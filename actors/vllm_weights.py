@@ -21,9 +21,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.canary import PERTURBATION, bytes_of
-from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
-from async_rlhf.weight_group import Meeting, WeightGroup, dtype_of, num_bytes, receive
+from actors.canary import PERTURBATION
+from async_rlhf.checksums import bytes_of
+from async_rlhf.types import Meeting, TensorSpec, WeightsManifest, WeightsVersion
+from async_rlhf.weight_group import WeightGroup, dtype_of, num_bytes, receive
 
 BACKEND = "async_rlhf"
 """vLLM's own `nccl` backend has no deadline, cannot be aborted, and needs vllm in the learner's process; ours runs on gloo too."""

@@ -25,7 +25,8 @@ from async_rlhf.events import (
     SessionBegan,
     Trained,
 )
-from async_rlhf.ledger import BatchEntry, Ledger, Slot, Tally
+from async_rlhf.ledger import BatchEntry, Ledger, Tally
+from async_rlhf.live_groups import Slot
 from async_rlhf.prompts import PromptCursor, SourceCursor
 from async_rlhf.tickets import PutOutcome, TicketState
 from async_rlhf.types import Prompt, ScoredGroup, Ticket

@@ -3,13 +3,12 @@
     segment-00000000.log   segment header, then frames: header, payload, header, payload, ...
     segment-00000001.log   continues the sequence numbers and the digest of the segment before
 
-Each frame's digest covers the digest before it, so that one digest proves the whole history up to it, dropped segments included.
+Each frame's digest covers the digest before it, so that one digest stands for the whole history up to it, dropped segments included.
 
 A crash can leave a torn tail: the last segment ends within a frame, within its own header, or in zeros. A pass ends before it and
 counts its bytes. Everything else that does not verify is damage, and an error: no whole record disappears silently.
 """
 
-import hashlib
 import os
 import re
 import shlex
@@ -20,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from async_rlhf.checksums import digest as _digest
 from async_rlhf.errors import JournalError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 SEGMENT_MAGIC, FRAME_MAGIC = b"RLHFLOG\n", b"RCRD"
 SEGMENT_FIELDS = struct.Struct("<8sIIQ16s")  # magic, format version, index, sequence number of the first frame, digest before it
@@ -257,14 +257,6 @@ def _unsealed(header: bytes) -> bytes | None:
     """The fields of a header, None where its checksum does not fit."""
     fields, checksum = header[: -CHECKSUM.size], header[-CHECKSUM.size :]
     return fields if CHECKSUM.pack(zlib.crc32(fields)) == checksum else None
-
-
-def _digest(*parts: bytes | memoryview) -> bytes:
-    """BLAKE2b of the parts."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
 
 
 def segment_path(folder: Path, index: int) -> Path:

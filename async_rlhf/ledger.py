@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Event, Failed, Granted, Lost, Refused, Sampled, SessionBegan, Trained
+from async_rlhf.live_groups import LiveGroups, Slot
 from async_rlhf.prompts import PromptCursor
 from async_rlhf.tickets import PutOutcome, QueueCounters, TicketState
-from async_rlhf.types import ScoredGroup, Ticket
 
 FAILED = "failed"
 """Why a prompt is voided that nobody can score."""
@@ -17,19 +17,6 @@ MAX_NAMED = 200
 
 LOST_HISTORY = "lost_history"
 """Why a scored group is voided whose policy is no longer part of the run."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Slot:
-    """One live group."""
-
-    ticket: Ticket
-    state: TicketState
-    lease_ends_s: float = float("inf")
-    """On the clock of whoever keeps the buffer; no part of the history."""
-    scored: ScoredGroup | None = None
-    num_failures: int = 0
-    """How often nobody could score it. Lost leases do not count: they are nobody's fault."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +49,7 @@ class Ledger:
     """Live groups in order of issue, decided batches, and all counts."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, Slot] = {}
+        self.slots = LiveGroups()
         self.batches: dict[int, BatchEntry] = {}
         """By update, as far back as the oldest kept checkpoint."""
         self.requests: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -82,14 +69,13 @@ class Ledger:
     @property
     def counters(self) -> QueueCounters:
         """A snapshot of all counts."""
-        states = Counter(slot.state for slot in self.slots.values())
-        tally = self.tally
+        slots, tally = self.slots, self.tally
         return QueueCounters(
             issued=tally.issued,
-            leased=states[TicketState.LEASED] + states[TicketState.LOST],
-            lost=states[TicketState.LOST],
-            scoring=states[TicketState.SCORING],
-            waiting=states[TicketState.WAITING],
+            leased=slots.number_of(TicketState.LEASED, TicketState.LOST),
+            lost=slots.number_of(TicketState.LOST),
+            scoring=slots.number_of(TicketState.SCORING),
+            waiting=slots.number_of(TicketState.WAITING),
             taken=tally.taken,
             trained=tally.trained,
             reissued=tally.reissued,
@@ -119,8 +105,7 @@ class Ledger:
             case Lost():
                 self._set_state(event.ticket_ids, TicketState.LOST)
             case Arrived(scored=scored, outcome=PutOutcome.KEPT):
-                slot = self.slots[scored.group.ticket.ticket_id]
-                slot.state, slot.scored = TicketState.WAITING, scored
+                self.slots.turn(scored.group.ticket.ticket_id, TicketState.WAITING).scored = scored
             case Arrived():
                 self.tally.replaced_in_batch += 1
                 self._void(event.scored.group.ticket.ticket_id, event.outcome)
@@ -148,17 +133,17 @@ class Ledger:
     def _grant(self, event: Granted) -> None:
         for ticket in event.tickets:
             if ticket.ticket_id not in self.slots:
+                self.slots[ticket.ticket_id] = Slot(ticket=ticket, state=TicketState.LEASED)
                 self.tally.issued += 1
             else:
+                self.slots.turn(ticket.ticket_id, TicketState.LEASED, ticket)
                 self.tally.reissued += 1
-            self.slots.setdefault(ticket.ticket_id, Slot(ticket=ticket, state=TicketState.LEASED)).ticket = ticket
-            self.slots[ticket.ticket_id].state = TicketState.LEASED
         self.cursor = event.cursor.onto(self.cursor)
         self.requests[event.tickets[0].holder] = (event.request, tuple(ticket.ticket_id for ticket in event.tickets))
 
     def _fail(self, event: Failed) -> None:
-        slot = self.slots[event.ticket_id]
-        slot.state, slot.num_failures = TicketState.LOST, slot.num_failures + 1
+        slot = self.slots.turn(event.ticket_id, TicketState.LOST)
+        slot.num_failures += 1
         if event.for_good:
             if len(self.failed_prompts) < MAX_NAMED:
                 self.failed_prompts[slot.ticket.prompt.prompt_id] = event.reason
@@ -188,22 +173,21 @@ class Ledger:
                 self.tally.taken -= len(entry.ticket_ids)
         self.tally.voided[LOST_HISTORY] += len(event.voided)
         for ticket_id in event.voided:
-            self.slots.pop(ticket_id, None)  # of an undone batch, or still waiting
-        self._set_state(event.lost, TicketState.LOST)
+            if ticket_id in self.slots:  # else it is of an undone batch
+                del self.slots[ticket_id]
         for ticket_id in event.lost:  # whoever held it may still bring what the undone policies sampled
-            slot = self.slots[ticket_id]
-            slot.ticket = replace(slot.ticket, holder="")
+            self.slots.turn(ticket_id, TicketState.LOST, replace(self.slots[ticket_id].ticket, holder=""))
         for scored in event.returned:
             ticket = scored.group.ticket
             self.slots[ticket.ticket_id] = Slot(ticket=ticket, state=TicketState.WAITING, scored=scored)
-        self.slots = dict(sorted(self.slots.items()))
+        self.slots = self.slots.in_order()
         self.decided = event.version
         self.tally.replaced_in_batch = 0
         self.lineage += 1
 
     def _set_state(self, ticket_ids: tuple[int, ...], state: TicketState) -> None:
         for ticket_id in ticket_ids:
-            self.slots[ticket_id].state = state
+            self.slots.turn(ticket_id, state)
 
     def _void(self, ticket_id: int, reason: str) -> None:
         del self.slots[ticket_id]

@@ -130,6 +130,18 @@ METRICS: Mapping[str, Metric] = {
     "generate/running_requests": Metric("mean", "completions in the engines' batches, all generators, mean over that time"),
     "generate/waiting_requests": Metric("mean", "completions in the engines without a place in a batch, likewise"),
     "generate/kv_use_share": Metric("mean", "share of the key/value cache in use, mean over the engines' steps"),
+    "generate/work_s": Metric("mean", "engine steps since the last update, all generators: processor seconds; on a GPU wall time"),
+    "generate/step_fixed_s": Metric("mean", "such seconds of a step, whatever its batch, mean over generators; a fit of about 1,000 steps"),
+    "generate/step_completion_s": Metric("mean", "what each completion in the batch adds to them"),
+    "generate/step_prompt_s": Metric("mean", "what each completion that joins the batch adds besides: its prompt is read"),
+    "generate/cpu_s": Metric(
+        "mean", "processor seconds of the generators since the last update; this and its like: if on the driver's node"
+    ),
+    "score/cpu_s": Metric("mean", "the same of the scorers"),
+    "reward/cpu_s": Metric("mean", "the same of the reward actors"),
+    "train/cpu_s": Metric("mean", "the same of the learner ranks"),
+    "queue/cpu_s": Metric("mean", "the same of the queue"),
+    "time/driver_cpu_s": Metric("mean", "the same of the driver and the broadcaster"),
     "score/groups_per_s": Metric("mean", "groups scored per second, all scorers"),
     "score/idle_share": Metric("mean", "share of the scorers' time since the last update in which nobody had called them"),
     "score/latency_s": Metric("mean", "seconds per call of a scorer for training, as the driver sees it; absent where none ended"),
@@ -222,10 +234,10 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
         sampled_scores: [K] scores of each group that came in since the last batch; empty: the batch's own.
     """
     rollouts = [rollout for scored in batch.groups for rollout in scored.group.rollouts]
-    references = [logprobs for scored in batch.groups for logprobs in scored.reference_logprobs]
+    behavior = np.concatenate([rollout.behavior_logprobs for rollout in rollouts])
+    reference = np.concatenate([logprobs for scored in batch.groups for logprobs in scored.reference_logprobs])
     scores = np.concatenate([scored.scores for scored in batch.groups])
     lengths = np.array([len(rollout.completion_ids) for rollout in rollouts])
-    kl = [float(np.sum(r.behavior_logprobs - reference)) for r, reference in zip(rollouts, references, strict=True)]
     staleness = batch.staleness
     prompt_ids = tuple(scored.group.ticket.prompt.prompt_id for scored in batch.groups)
     return BatchSummary(
@@ -242,7 +254,7 @@ def summarize(batch: Batch, sampled_scores: Sequence[np.ndarray]) -> BatchSummar
             "reward/batch_mean": float(scores.mean()),
             "reward/batch_std": float(scores.std()),
             **_part_means(batch),
-            "rollout/kl_k1_nats": float(np.mean(kl)),
+            "rollout/kl_k1_nats": float(behavior.sum(dtype=np.float64) - reference.sum(dtype=np.float64)) / len(rollouts),
             "rollout/length_tokens": float(lengths.mean()),
             "rollout/cut_share": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
             "rollout/tied_groups": float(sum(scored.tied for scored in batch.groups)),

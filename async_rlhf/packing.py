@@ -6,6 +6,7 @@ call each, so its cost grows with the sum of squared lengths, not with the squar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,18 +18,20 @@ BUCKET_RATIO = 1.25
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the sequences of a pack of L tokens lie."""
+    """Where the sequences of a pack of L tokens lie, and where they go: C cells of buckets, filled up behind each sequence's end."""
 
-    buckets: tuple[Tensor, ...]
-    """Per bucket: [n, longest] int64 token of the pack; positions after a sequence's end repeat token 0."""
+    shapes: tuple[tuple[int, int], ...]
+    """Per bucket: its sequences, and cells of each."""
+    cells: Tensor
+    """[C] int64: the pack's token in each cell, bucket after bucket; a cell behind a sequence's end repeats token 0."""
     restore: Tensor
-    """[L] int64: for each token of the pack, its place among the flattened buckets behind one another."""
+    """[L] int64: the cell of each token of the pack."""
     longest: int
     """Tokens of the longest sequence."""
 
     def to(self, device: torch.device) -> "PackedLayout":
         """The same layout on `device`."""
-        return replace(self, buckets=tuple(bucket.to(device) for bucket in self.buckets), restore=self.restore.to(device))
+        return replace(self, cells=self.cells.to(device), restore=self.restore.to(device))
 
 
 def make_layout(lengths: Sequence[int]) -> PackedLayout:
@@ -36,16 +39,18 @@ def make_layout(lengths: Sequence[int]) -> PackedLayout:
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     sizes = torch.tensor(lengths)
     restore = torch.zeros(sum(lengths), dtype=torch.long)
-    buckets: list[Tensor] = []
+    shapes: list[tuple[int, int]] = []
+    cells: list[Tensor] = []
     base = 0
     for members in _alike(lengths):
         offsets = torch.arange(max(lengths[index] for index in members))[None, :]
         real = offsets < sizes[members, None]
         tokens = starts[members, None] + offsets
         restore[tokens[real]] = base + torch.arange(real.numel()).reshape(real.shape)[real]
-        buckets.append(torch.where(real, tokens, torch.zeros_like(tokens)))
+        shapes.append((len(members), offsets.shape[1]))
+        cells.append(torch.where(real, tokens, torch.zeros_like(tokens)).flatten())
         base += real.numel()
-    return PackedLayout(tuple(buckets), restore, max(lengths))
+    return PackedLayout(tuple(shapes), torch.cat(cells), restore, max(lengths))
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
@@ -66,17 +71,52 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
     Returns:
         [L, H, D].
     """
-    num_tokens = query.shape[1]
-    # index_select, whose backward is a plain add, on whole tokens.
-    by_token = [tensor.transpose(0, 1).reshape(num_tokens, -1) for tensor in (query, key, value)]
+    num_tokens, num_heads = query.shape[1], query.shape[0]
+    sizes = [count * longest for count, longest in layout.shapes]
+    in_buckets = [
+        cast(Tensor, _ToBuckets.apply(tensor.transpose(0, 1).reshape(num_tokens, -1), layout.cells, layout.restore)).split(sizes)
+        for tensor in (query, key, value)
+    ]
     outputs: list[Tensor] = []
-    for bucket in layout.buckets:
-        count, longest = bucket.shape
+    for (count, longest), *of_bucket in zip(layout.shapes, *in_buckets, strict=True):
         q, k, v = (
-            tokens.index_select(0, bucket.flatten()).view(count, longest, heads.shape[0], -1).transpose(1, 2)
-            for tokens, heads in zip(by_token, (query, key, value), strict=True)
+            tokens.view(count, longest, heads.shape[0], -1).transpose(1, 2)
+            for tokens, heads in zip(of_bucket, (query, key, value), strict=True)
         )
         # What follows a sequence's end is behind it in causal order: no real token sees it, so no mask is needed.
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=key.shape[0] != query.shape[0])
-        outputs.append(attended.transpose(1, 2).reshape(count * longest, query.shape[0], -1))
-    return torch.cat(outputs).index_select(0, layout.restore)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=key.shape[0] != num_heads)
+        outputs.append(attended.transpose(1, 2).reshape(count * longest, -1))
+    return cast(Tensor, _FromBuckets.apply(torch.cat(outputs), layout.restore)).view(num_tokens, num_heads, -1)
+
+
+class _ToBuckets(torch.autograd.Function):
+    """Tokens [L, W] to cells [C, W].
+
+    No gradient reaches a cell behind a sequence's end (nobody reads its output, and no real token attends to it), so that of the tokens is
+    a selection again. Autograd's own would add up zeros of the pack's size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, cells: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        return tokens.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (restore,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, restore), None, None
+
+
+class _FromBuckets(torch.autograd.Function):
+    """Cells [C, W] to tokens [L, W]."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        ctx.num_cells = len(cells)
+        return cells.index_select(0, restore)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        ((restore,), (gradient,)) = ctx.saved_tensors, grad_outputs
+        return gradient.new_zeros(ctx.num_cells, gradient.shape[1]).index_copy_(0, restore, gradient), None

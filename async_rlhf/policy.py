@@ -170,10 +170,31 @@ def _score_in_chunks(score: Score, hidden: Tensor, ids: Tensor, temperature: flo
 
 def _score_tokens(head: nn.Linear, softcap: float | None, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = soft_capped(linear(hidden, head.weight, head.bias), softcap).float()
-    log_distribution = (logits / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(log_distribution.exp() * log_distribution).sum(-1)
-    return log_distribution.gather(-1, ids[:, None]).squeeze(-1), entropy
+    return cast(tuple[Tensor, Tensor], _TokenScores.apply(logits if temperature == 1.0 else logits / temperature, ids))
+
+
+class _TokenScores(torch.autograd.Function):
+    """Logits [M, V] and ids [M] to log-probabilities [M], and entropies [M] without gradient.
+
+    The distribution is computed once, for the entropy and for the gradient: d logprob / d logits = one-hot(id) - distribution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        log_distribution = logits.log_softmax(-1)
+        logprobs = log_distribution.gather(-1, ids[:, None]).squeeze(-1)
+        distribution = log_distribution.exp()
+        entropy = -log_distribution.mul_(distribution).sum(-1)
+        ctx.save_for_backward(distribution, ids)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        distribution, ids = ctx.saved_tensors
+        # In place, which autograd notices: a second backward through the same graph is refused.
+        of_logits = distribution.mul_(-grad_outputs[0][:, None])
+        return of_logits.scatter_add_(-1, ids[:, None], grad_outputs[0][:, None]), None
 
 
 def _in_place(values: Tensor, loss_mask: Tensor) -> Tensor:

@@ -5,14 +5,11 @@ The remote ones are asynchronous; behind each stands an actor, a fake in a test,
 
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from async_rlhf.types import Rollout, StepReport, WeightsManifest, WeightsVersion
-
-if TYPE_CHECKING:
-    from async_rlhf.weight_group import Meeting
+from async_rlhf.types import Meeting, Rollout, StepReport, WeightsManifest, WeightsVersion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +75,7 @@ class Engine(Protocol):
 class ReceivingEngine(Engine, Protocol):
     """One whose workers take weights straight from the learner, as members of a group. After an error it is unusable."""
 
-    def meet(self, meeting: "Meeting") -> None:
+    def meet(self, meeting: Meeting) -> None:
         """Join the sender's group; that of an earlier sender is left."""
         ...
 

@@ -5,16 +5,21 @@ A plain object without clocks, threads or Ray: time is an argument, waiting is t
 bound stand in `staleness.py`, the life of a ticket in `tickets.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 
 from async_rlhf.errors import RewardError
 from async_rlhf.events import Arrived, Decided, Dropped, Failed, Granted, Lost, Refused, Sampled, Trained
-from async_rlhf.ledger import FAILED, Ledger, Slot
+from async_rlhf.ledger import FAILED, Ledger
+from async_rlhf.live_groups import Slot
 from async_rlhf.prompts import PromptStream
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tickets import PutOutcome, QueueCounters, ReplaySettings, TicketState, ticket_seed
 from async_rlhf.types import Batch, ScoredGroup, Ticket
+
+BUSY = (TicketState.LEASED, TicketState.SCORING)
+"""Whose leases may expire."""
 
 MIN_FAILURES = 20
 """Prompts that must have failed before their share ends the run."""
@@ -33,6 +38,8 @@ class ReplayBuffer:
         self._prompts = prompts
         self._settings = settings
         self.ledger = ledger or Ledger()
+        self._first_expiry_s = float("-inf")
+        """No lease ends before; -inf: not known."""
 
     @property
     def decided(self) -> int:
@@ -65,16 +72,17 @@ class ReplayBuffer:
         number, granted = self.ledger.requests.get(holder, (-1, ()))
         if number == request >= 0:
             return [slots[i].ticket for i in granted if i in slots and self._is_held(slots[i], holder)]
-        if self._settings.whole_rounds and any(slot.state in (TicketState.LEASED, TicketState.SCORING) for slot in slots.values()):
+        if self._settings.whole_rounds and slots.number_of(*BUSY):
             return []
         tickets = self._reissuable(holder, installed_version, max_tickets)
+        first_new = self.ledger.tally.issued - len(tickets)
         wanted = self._rule.batch_groups * (self._settings.num_updates - self.decided) - len(slots)
         for _ in range(min(max_tickets - len(tickets), grantable, wanted)):
             drawn = self._prompts.draw()
             if drawn is None:
                 break
             prompt, epoch = drawn
-            ticket_id = self.ledger.tally.issued + sum(ticket.attempt == 0 for ticket in tickets)
+            ticket_id = first_new + len(tickets)
             tickets.append(
                 Ticket(
                     ticket_id=ticket_id,
@@ -88,8 +96,7 @@ class ReplayBuffer:
             )
         if tickets:
             self.ledger.record(Granted(tickets=tuple(tickets), request=request, cursor=self._prompts.cursor.since(self.ledger.cursor)))
-        for ticket in tickets:
-            slots[ticket.ticket_id].lease_ends_s = now_s + self._settings.lease_s
+        self._lease((ticket.ticket_id for ticket in tickets), now_s)
         return tickets
 
     def mark_scoring(self, tickets: Iterable[Ticket], now_s: float) -> None:
@@ -97,8 +104,7 @@ class ReplayBuffer:
         sampled = [ticket.ticket_id for ticket in tickets if self._state_of(ticket) is TicketState.LEASED]
         if sampled:
             self.ledger.record(Sampled(ticket_ids=tuple(sampled)))
-        for ticket_id in sampled:
-            self.ledger.slots[ticket_id].lease_ends_s = now_s + self._settings.lease_s
+        self._lease(sampled, now_s)
 
     def put(self, scored: ScoredGroup) -> PutOutcome:
         """Take a finished group in. Idempotent; never blocks on capacity, which admission alone bounds."""
@@ -194,16 +200,18 @@ class ReplayBuffer:
         if len(slots) < size and self._prompts.exhausted:
             return self._pick_last()
         if self._settings.order == "ticket":
-            first = list(slots.values())[:size]
+            first = list(islice(slots.values(), size))
             complete = len(first) == size and all(slot.state is TicketState.WAITING for slot in first)
             return first if complete else None
-        waiting = [slot for slot in slots.values() if slot.state is TicketState.WAITING]
-        if len(waiting) < size:
+        finished = slots.deadlines_of(TicketState.WAITING)
+        if finished.total() < size:
             return None
-        chosen = sorted(waiting, key=lambda slot: (slot.ticket.deadline, slot.ticket.ticket_id))[:size]
-        taken = {slot.ticket.ticket_id for slot in chosen}
-        left = [slot.ticket.deadline for ticket_id, slot in slots.items() if ticket_id not in taken]
-        return chosen if self._rule.may_decide(decided=self.decided, left_deadlines=left) else None
+        left = slots.deadlines_of(*TicketState)
+        left.subtract(_earliest(finished, size))
+        if not self._rule.may_decide(decided=self.decided, left_deadlines=left):
+            return None
+        waiting = [slot for slot in slots.values() if slot.state is TicketState.WAITING]
+        return sorted(waiting, key=lambda slot: (slot.ticket.deadline, slot.ticket.ticket_id))[:size]
 
     def _pick_last(self) -> list[Slot] | None:
         """The prompts ran out with less than a batch live: train a short batch, or drop the rest, by config."""
@@ -218,17 +226,20 @@ class ReplayBuffer:
     def _reissuable(self, holder: str, installed_version: int, max_tickets: int) -> list[Ticket]:
         """Lost tickets as `holder` would get them now. Each that goes out counts in the test of the next."""
         tickets: list[Ticket] = []
+        if not self.ledger.slots.number_of(TicketState.LOST):
+            return tickets
         deadline = self._rule.deadline(installed_version)
-        deadlines = {number: slot.ticket.deadline for number, slot in self.ledger.slots.items()}
-        for rank, (number, slot) in enumerate(self.ledger.slots.items()):
+        deadlines = self.ledger.slots.deadlines_of(*TicketState)
+        for rank, slot in enumerate(self.ledger.slots.values()):
             if len(tickets) == max_tickets:
                 break
-            if slot.state is TicketState.LOST and self._may_reissue(rank, slot, deadline, deadlines.values()):
-                deadlines[number] = deadline
+            if slot.state is TicketState.LOST and self._may_reissue(rank, slot, deadline, deadlines):
+                deadlines.subtract([slot.ticket.deadline])
+                deadlines.update([deadline])
                 tickets.append(replace(slot.ticket, attempt=slot.ticket.attempt + 1, deadline=deadline, holder=holder))
         return tickets
 
-    def _may_reissue(self, rank: int, slot: Slot, deadline: int, live_deadlines: Iterable[int]) -> bool:
+    def _may_reissue(self, rank: int, slot: Slot, deadline: int, live_deadlines: Mapping[int, int]) -> bool:
         if self._settings.order == "ticket":
             return self.decided + rank // self._rule.batch_groups <= deadline
         return self._rule.may_reissue(
@@ -236,10 +247,19 @@ class ReplayBuffer:
         )
 
     def _expire(self, now_s: float) -> None:
-        busy = (TicketState.LEASED, TicketState.SCORING)
-        late = tuple(number for number, slot in self.ledger.slots.items() if slot.state in busy and slot.lease_ends_s <= now_s)
+        if now_s < self._first_expiry_s:
+            return
+        busy = {number: slot.lease_ends_s for number, slot in self.ledger.slots.items() if slot.state in BUSY}
+        late = tuple(number for number, ends_s in busy.items() if ends_s <= now_s)
         if late:
             self.ledger.record(Lost(ticket_ids=late))
+        self._first_expiry_s = min((ends_s for ends_s in busy.values() if ends_s > now_s), default=float("inf"))
+
+    def _lease(self, ticket_ids: Iterable[int], now_s: float) -> None:
+        ends_s = now_s + self._settings.lease_s
+        for ticket_id in ticket_ids:
+            self.ledger.slots[ticket_id].lease_ends_s = ends_s
+            self._first_expiry_s = min(self._first_expiry_s, ends_s)
 
     def _state_of(self, ticket: Ticket) -> TicketState | None:
         """State of the group of this very attempt; None: it is not live, or was leased again."""
@@ -248,3 +268,12 @@ class ReplayBuffer:
 
     def _is_held(self, slot: Slot, holder: str) -> bool:
         return slot.ticket.holder == holder and slot.state is TicketState.LEASED
+
+
+def _earliest(deadlines: Mapping[int, int], size: int) -> dict[int, int]:
+    """Of groups with these deadlines (deadline -> groups), the `size` that are due first."""
+    taken: dict[int, int] = {}
+    for deadline in sorted(deadlines):
+        taken[deadline] = min(deadlines[deadline], size)
+        size -= taken[deadline]
+    return taken

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from async_rlhf.arrow_columns import SPANS, arrays_of, lists_column, spans_column, spans_of
 from async_rlhf.errors import JournalError
 from async_rlhf.files import sync_folder
-from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
+from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket
 
 SCHEMA: pa.Schema = pa.schema(
     [
@@ -38,7 +39,7 @@ SCHEMA: pa.Schema = pa.schema(
         ("completion_ids", pa.list_(pa.int32())),
         ("behavior_logprobs", pa.list_(pa.float32())),
         ("reference_logprobs", pa.list_(pa.float32())),
-        ("version_spans", pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int64()), ("end", pa.int64())]))),
+        ("version_spans", SPANS),
         ("finish_reason", pa.string()),
         ("score", pa.float32()),
         ("reward_parts", pa.list_(pa.struct([("name", pa.string()), ("score", pa.float32())]))),
@@ -72,32 +73,39 @@ class GroupFate:
 
 def to_batch(groups: Sequence[ScoredGroup]) -> pa.RecordBatch:
     """One row per completion, in order."""
-    rows = [(scored, index, rollout) for scored in groups for index, rollout in enumerate(scored.group.rollouts)]
     for scored in groups:
         _check_lossless(scored)
-    tickets = [scored.group.ticket for scored, _, _ in rows]
+    tickets = [scored.group.ticket for scored in groups]
     prompts = [ticket.prompt for ticket in tickets]
-    columns: dict[str, Any] = {
+    of_groups: dict[str, Any] = {
         **{name: [getattr(ticket, name) for ticket in tickets] for name in ("ticket_id", "attempt", "holder", "epoch", "seed", "deadline")},
         "prompt_id": [prompt.prompt_id for prompt in prompts],
         "prompt": [prompt.text for prompt in prompts],
-        "prompt_ids": _lists([prompt.token_ids for prompt in prompts], np.int32),
+        "prompt_ids": lists_column([prompt.token_ids for prompt in prompts], np.int32),
         "prompt_columns": [[{"name": name, "json": json.dumps(value)} for name, value in prompt.columns.items()] for prompt in prompts],
-        "completion_index": [index for _, index, _ in rows],
-        "completion": [scored.completions[index] for scored, index, _ in rows],
-        "completion_ids": _lists([rollout.completion_ids for _, _, rollout in rows], np.int32),
-        "behavior_logprobs": _lists([rollout.behavior_logprobs for _, _, rollout in rows], np.float32),
-        "reference_logprobs": _lists([scored.reference_logprobs[index] for scored, index, _ in rows], np.float32),
-        "version_spans": [
-            [{"version": s.version, "start": s.start, "end": s.end} for s in rollout.version_spans] for _, _, rollout in rows
-        ],
-        "finish_reason": [rollout.finish_reason.value for _, _, rollout in rows],
+    }
+    counts = [len(scored.group.rollouts) for scored in groups]
+    group_of_row = pa.array(np.repeat(np.arange(len(groups)), counts))
+    rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
+    of_rows: dict[str, Any] = {
+        "completion_index": [index for count in counts for index in range(count)],
+        "completion": [completion for scored in groups for completion in scored.completions],
+        "completion_ids": lists_column([rollout.completion_ids for rollout in rollouts], np.int32),
+        "behavior_logprobs": lists_column([rollout.behavior_logprobs for rollout in rollouts], np.float32),
+        "reference_logprobs": lists_column([logprobs for scored in groups for logprobs in scored.reference_logprobs], np.float32),
+        "version_spans": spans_column([rollout.version_spans for rollout in rollouts]),
+        "finish_reason": [rollout.finish_reason.value for rollout in rollouts],
         "score": np.concatenate([np.empty(0, np.float32), *(scored.scores for scored in groups)]),
         "reward_parts": [
-            [{"name": name, "score": scores[index]} for name, scores in scored.reward_parts.items()] for scored, index, _ in rows
+            [{"name": name, "score": scores[index]} for name, scores in scored.reward_parts.items()]
+            for scored, count in zip(groups, counts, strict=True)
+            for index in range(count)
         ],
     }
-    arrays = [pa.array(column, field.type) for field, column in zip(SCHEMA, columns.values(), strict=True)]
+    arrays = [
+        *(pa.array(column, SCHEMA.field(name).type).take(group_of_row) for name, column in of_groups.items()),
+        *(pa.array(column, SCHEMA.field(name).type) for name, column in of_rows.items()),
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
@@ -107,9 +115,10 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredGroup]:
     Raises:
         JournalError: rows of a group are missing.
     """
-    columns = {name: _arrays(batch.column(name)) for name in ("prompt_ids", "completion_ids", "behavior_logprobs", "reference_logprobs")}
+    columns = {name: arrays_of(batch.column(name)) for name in ("prompt_ids", "completion_ids", "behavior_logprobs", "reference_logprobs")}
     scores = batch.column("score").to_numpy()
-    plain = {name: batch.column(name).to_pylist() for name in SCHEMA.names if name not in columns and name != "score"}
+    spans = spans_of(batch.column("version_spans"))
+    plain = {name: batch.column(name).to_pylist() for name in SCHEMA.names if name not in (*columns, "score", "version_spans")}
     indices = plain["completion_index"]
     if any(
         index not in ((0, before + 1) if row else (0,)) for row, (before, index) in enumerate(zip([0, *indices], indices, strict=False))
@@ -122,7 +131,7 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredGroup]:
             Rollout(
                 completion_ids=columns["completion_ids"][row],
                 behavior_logprobs=columns["behavior_logprobs"][row],
-                version_spans=tuple(VersionSpan(**span) for span in plain["version_spans"][row]),
+                version_spans=spans[row],
                 finish_reason=FinishReason(plain["finish_reason"][row]),
             )
             for row in range(begin, end)
@@ -183,7 +192,8 @@ def write_part(folder: Path, index: int, fates: Iterable[GroupFate]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            with pq.ParquetWriter(file, FATE_SCHEMA, compression="zstd") as writer:
+            # Hardly a number of a rollout comes twice: dictionaries of them cost most of the writing, and room.
+            with pq.ParquetWriter(file, FATE_SCHEMA, compression="zstd", use_dictionary=False) as writer:
                 rest = iter(fates)
                 while some := list(islice(rest, _GROUPS_PER_WRITE)):
                     writer.write_batch(_with_fates(some))
@@ -271,26 +281,11 @@ def _check_lossless(scored: ScoredGroup) -> None:
     assert scored.scores.dtype == np.float32, f"{name}: scores are float32, got {scored.scores.dtype}"
 
 
-def _lists(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> pa.ListArray:
-    for array in arrays:
-        assert array.dtype == dtype and array.ndim == 1, (
-            f"must be one-dimensional {dtype.__name__}, got {array.dtype} of shape {array.shape}"
-        )
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-    assert offsets[-1] < 2**31, f"one Arrow list column holds up to 2**31 - 1 values, got {offsets[-1]}; encode fewer groups at once"
-    return pa.ListArray.from_arrays(offsets.astype(np.int32), np.concatenate([np.empty(0, dtype), *arrays]))
-
-
 def _parts(of_rows: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
     names = [pair["name"] for pair in of_rows[0]]
     if any([pair["name"] for pair in pairs] != names for pairs in of_rows):
         raise JournalError(f"the completions of a group must have one reward_parts each, {names}, got others; restore a copy of the table")
     return {name: np.array([pairs[index]["score"] for pairs in of_rows], dtype=np.float32) for index, name in enumerate(names)}
-
-
-def _arrays(column: pa.ListArray) -> list[np.ndarray]:
-    offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-    return [values[begin:end].copy() for begin, end in pairwise(offsets)]
 
 
 def _ticket(plain: Mapping[str, list[Any]], row: int, prompt_ids: np.ndarray) -> Ticket:

@@ -27,9 +27,10 @@ def _balance(groups: Sequence[ScoredGroup], num_ranks: int) -> list[tuple[Scored
     """Longest first, each to the rank with the fewest tokens that still has room; the original order within a rank."""
     room, tokens = [len(groups) // num_ranks] * num_ranks, [0] * num_ranks
     chosen: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in sorted(range(len(groups)), key=lambda i: (-groups[i].group.num_sequence_tokens, i)):
+    sizes = [scored.group.num_sequence_tokens for scored in groups]
+    for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
         rank = min((r for r in range(num_ranks) if room[r]), key=lambda r: tokens[r])
         chosen[rank].append(index)
         room[rank] -= 1
-        tokens[rank] += groups[index].group.num_sequence_tokens
+        tokens[rank] += sizes[index]
     return [tuple(groups[index] for index in sorted(indices)) for indices in chosen]

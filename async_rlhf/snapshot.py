@@ -1,6 +1,5 @@
 """Weights on their way: parameters become arrays with checksums, and a canary text says what they must compute."""
 
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from async_rlhf.batching import Batching, text_microbatch
+from async_rlhf.checksums import checksum
 from async_rlhf.policy import CompletionScorer, load_policy, score_microbatch
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
 
@@ -35,7 +35,9 @@ def make_snapshot(
     return WeightsVersion.of(list(make_buckets(parameters, empty, dtype)))
 
 
-def make_buckets(parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifest, dtype: str) -> Iterator[WeightsVersion]:
+def make_buckets(
+    parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifest, dtype: str, *, lent: bool = False
+) -> Iterator[WeightsVersion]:
     """Copy parameters, cast for the generators, into immutable buckets of at most BUCKET_BYTES; they share no memory with them.
 
     Each bucket is a part of the version with a manifest of its own: forget it before asking for the next, and no more than one is in
@@ -45,6 +47,7 @@ def make_buckets(parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifes
         parameters: (name in the Hugging Face state dict, full tensor), in layer order.
         empty: the version's manifest, without tensors.
         dtype: what the generators compute in.
+        lent: whoever takes a bucket copies it before anything else happens to the parameters: what needs no cast is not copied here.
     """
     tensors: dict[str, np.ndarray] = {}
     specs: list[TensorSpec] = []
@@ -54,7 +57,8 @@ def make_buckets(parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifes
         if tensors and num_bytes + size > BUCKET_BYTES:
             yield WeightsVersion(manifest=replace(empty, tensors=tuple(specs)), tensors=tensors)
             tensors, specs, num_bytes = {}, [], 0
-        array = to_array(parameter.detach().to(device="cpu", dtype=DTYPES[dtype], copy=True).contiguous())
+        copy = not lent or hasattr(parameter, "ds_id")  # a partitioned one is only here until the next is gathered
+        array = to_array(parameter.detach().to(device="cpu", dtype=DTYPES[dtype], copy=copy).contiguous())
         array.flags.writeable = False
         tensors[name] = array
         specs.append(TensorSpec(name=name, shape=tuple(parameter.shape), dtype=dtype, checksum=checksum(array)))
@@ -90,8 +94,3 @@ def score_canary(scorer: nn.Module, canary_ids: tuple[int, ...], device: torch.d
 def to_array(tensor: Tensor) -> np.ndarray:
     """A numpy view; bfloat16, which numpy lacks, as its int16 bits."""
     return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of the array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

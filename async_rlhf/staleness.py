@@ -25,7 +25,7 @@ Proof. Let R_d be the number of live groups (ticketed, not yet in a batch) with 
 R_{U-1} = 0 says that no live group is ever overdue, so every group of batch U has U <= deadline = v + eta. QED.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from async_rlhf.errors import StalenessError
@@ -58,26 +58,32 @@ class StalenessRule:
         admitted = self.batch_groups * decided + live
         return max(0, (self.deadline(installed_version) + 1) * self.batch_groups - admitted)
 
-    def may_reissue(self, *, new_deadline: int, old_deadline: int, decided: int, live_deadlines: Iterable[int]) -> bool:
+    def may_reissue(self, *, new_deadline: int, old_deadline: int, decided: int, live_deadlines: Mapping[int, int]) -> bool:
         """Whether a lost ticket may go out again with `new_deadline` without breaking the invariant.
 
         A later deadline always may. An earlier one only if each R_D from there up to the old deadline has room for it.
+
+        Args:
+            live_deadlines: deadline -> live groups.
         """
         if new_deadline >= old_deadline:
             return True
         if new_deadline < decided:
             return False
-        due = sorted(live_deadlines)
-        return all(_count_due(due, day) + 1 <= (day - decided + 1) * self.batch_groups for day in range(new_deadline, old_deadline))
+        due = _numbers_due(live_deadlines, range(new_deadline, old_deadline))
+        return all(number + 1 <= (day - decided + 1) * self.batch_groups for day, number in due)
 
-    def may_decide(self, *, decided: int, left_deadlines: Iterable[int]) -> bool:
-        """Whether batch `decided` may be formed when live groups with `left_deadlines` stay behind."""
-        return all(count <= (day - decided) * self.batch_groups for count, day in enumerate(sorted(left_deadlines), start=1))
+    def may_decide(self, *, decided: int, left_deadlines: Mapping[int, int]) -> bool:
+        """Whether batch `decided` may be formed when live groups with `left_deadlines` (deadline -> groups) stay behind."""
+        due = _numbers_due(left_deadlines, (day for day, groups in left_deadlines.items() if groups))
+        return all(number <= (day - decided) * self.batch_groups for day, number in due)
 
     def holds(self, *, update: int, version: int) -> bool:
         """The bound itself, for one token."""
         return 0 <= update - version <= self.max_staleness
 
 
-def _count_due(sorted_deadlines: list[int], day: int) -> int:
-    return sum(deadline <= day for deadline in sorted_deadlines)
+def _numbers_due(deadlines: Mapping[int, int], days: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Each day, and how many groups are due by it."""
+    for day in days:
+        yield day, sum(groups for deadline, groups in deadlines.items() if deadline <= day)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -107,7 +107,7 @@ class RolloutGroup:
     @property
     def oldest_version(self) -> int:
         """The version of the group's oldest token: it decides the group's staleness."""
-        return min(rollout.oldest_version for rollout in self.rollouts)
+        return min([span.version for rollout in self.rollouts for span in rollout.version_spans])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +130,7 @@ class ScoredGroup:
     def tied(self) -> bool:
         """Several completions, all of the same score before shaping: no preference among them, and none is made of one."""
         judged = self.scores if self.judged_scores is None else self.judged_scores
-        return len(judged) > 1 and bool(np.all(judged == judged[0]))
+        return len(judged) > 1 and bool((judged == judged[0]).all())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +174,7 @@ class TensorSpec:
     dtype: str
     """`float32`, `bfloat16` or `float16`. bfloat16 travels as int16 bits: numpy has no such type."""
     checksum: int
-    """CRC-32 of the bytes."""
+    """Of the bytes, see checksums.py; over a group of processes, see weight_group.tensor_checksum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,3 +235,18 @@ class InstallReport:
     """Part of `install_s`: the canary's own sampling."""
     transfer_s: float = 0.0
     """Before `install_s`: from the request to the weights in the generator's process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """Where the learner and the workers of one generator meet; see weight_group."""
+
+    backend: Literal["nccl", "gloo"]
+    address: str
+    port: int
+    key: str
+    """Of this meeting alone, among all at that address."""
+    world_size: int
+    """The sender (rank 0), and every worker of the generator."""
+    timeout_s: float
+    """Of the meeting, and of each transfer."""

@@ -10,16 +10,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from async_rlhf.errors import TransferError
-from async_rlhf.types import TensorSpec
+from async_rlhf.types import Meeting, TensorSpec
 
 LOT_BYTES = 256 << 20
 """Tensors are packed into lots of at most this size (a larger tensor is a lot of its own); each side has one in memory at a time."""
@@ -35,21 +34,6 @@ _MIX = 0x1E3779B97F4A7C15
 
 _CHECKSUM_ELEMENTS = 1 << 22
 """Checked at once, so that a checksum takes 100 MiB at most beside the tensor."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Meeting:
-    """Where the members of one group meet."""
-
-    backend: Literal["nccl", "gloo"]
-    address: str
-    port: int
-    key: str
-    """Of this meeting alone, among all at that address."""
-    world_size: int
-    """The sender (rank 0), and every worker of the generator."""
-    timeout_s: float
-    """Of the meeting, and of each transfer."""
 
 
 class WeightGroup:

@@ -8,18 +8,19 @@ in one process, without Ray, from a ticket's grant to its batch's booking, with 
 travel is arithmetic over WEIGHTS_BYTES and LINK_BYTES_PER_S.
 """
 
-import argparse
-import json
 import math
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from harness import Spread, command_line, finish, growth, in_turn, show
 
 from async_rlhf.config import Config
+from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
 from async_rlhf.history import History
 from async_rlhf.journal import Journal
@@ -47,7 +48,7 @@ GIVEN = Rates(
     take_s=0.3,
     export_s=1.5,
     transfer_s=3.0,
-    pause_s=1.0,
+    load_s=1.0,
     score_token_s=2e-6,
     call_s=0.005,
 )
@@ -64,6 +65,8 @@ MIN_GROUPS = 512
 """Put for a measurement of the queue."""
 QUEUE_GENERATORS = (1, 16, 128)
 """At which the queue's cost is measured; between and beyond, a line in the number of live groups."""
+NUM_ROUNDS = 5
+COLUMNS = ("generators", "update s", "completions/s", "idle g/l", "queue s", "one node s", "doubling s", "groups GB", "simulated in s")
 
 
 class Endless:
@@ -168,6 +171,7 @@ def fleet(generators: int) -> Config:
         batch_groups=GROUPS_PER_GENERATOR * generators,
         completions_per_prompt=GROUP_COMPLETIONS,
         max_staleness=MAX_STALENESS,
+        algorithm=AlgorithmConfig(name="rloo"),  # trains on every completion
         generator=GeneratorConfig(count=generators, max_inflight=256, max_new_tokens=MAX_TOKENS, max_model_len=4096),
         learner=LearnerConfig(num_ranks=generators),
         scorer=ScorerConfig(count=max(1, generators // 8)),
@@ -181,25 +185,30 @@ def broadcast_s(generators: int) -> tuple[float, float]:
     return (nodes - 1) * one_s, math.ceil(math.log2(nodes)) * one_s if nodes > 1 else 0.0
 
 
+def measure_queue(sizes: Sequence[int]) -> tuple[float, float, dict[str, float]]:
+    """Seconds per group, fixed and per group of the batch: a line through what batches of these sizes cost; and what is written of it."""
+    queue_cost(sizes[0], journaled=True)  # imports
+    rounds = in_turn({f"{size}": lambda size=size: queue_cost(size, journaled=True).group_s for size in sizes}, NUM_ROUNDS)
+    bare = in_turn({f"{size}": lambda size=size: queue_cost(size, journaled=False).group_s for size in sizes}, NUM_ROUNDS)
+    costs = {size: Spread.of(rounds[f"{size}"]) for size in sizes}
+    rows = [(size, *(f"{1e3 * Spread.of(each[f'{size}']).median:.3f}" for each in (rounds, bare))) for size in sizes]
+    medians = [costs[size].median for size in sizes]
+    exponent = growth(sizes, medians)
+    slope, fixed = np.polyfit(sizes, medians, 1)
+    note = f"medians of {NUM_ROUNDS} rounds; the cost of a group grows with B to the power of {exponent:.2f}"
+    show("buffer and journal in one process, without Ray: ms per group", ("B", "with the journal", "without"), rows, note)
+    metrics = {"queue_fixed_s": float(fixed), "queue_per_batch_group_s": float(slope), "queue_growth": exponent}
+    return float(fixed), float(slope), metrics
+
+
 def main() -> None:
-    """Measure, simulate, print one table, and write the numbers and the plot where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 to 16 generators")
-    parser.add_argument("--json", type=Path, help="where to write {'metrics': {...}}")
+    """Measure, simulate, print the tables, and write the numbers and the plot where asked."""
+    parser = command_line(__doc__, "64 generators and more")
     parser.add_argument("--plot", type=Path, help="where to draw it")
     arguments = parser.parse_args()
-    queue_cost(GROUPS_PER_GENERATOR, journaled=True)  # imports
-    lives = [GROUPS_PER_GENERATOR * num for num in QUEUE_GENERATORS]
-    costs = [queue_cost(live, journaled=True).group_s for live in lives]
-    bare = [queue_cost(live, journaled=False).group_s for live in lives]
-    slope, fixed = np.polyfit(lives, costs, 1)
-    for live, cost, without in zip(lives, costs, bare, strict=True):
-        print(f"queue, B {live:>6}: {1e3 * cost:.2f} ms per group, {1e3 * without:.2f} ms of it without the journal")
-    print(f"buffer and journal in one process, without Ray; beyond B {lives[-1]} (marked *) the line is extrapolated")
-    print(f"queue: {1e3 * fixed:.2f} ms per group + {1e6 * slope:.2f} us per group of the batch")
-    head = ("generators", "update s", "completions/s", "idle g/l", "queue s", "one node s", "doubling s", "groups GB")
-    print("".join(f"{word:>14}" for word in head))
-    metrics: dict[str, float] = {}
+    sizes = [GROUPS_PER_GENERATOR * num for num in QUEUE_GENERATORS]
+    fixed, slope, metrics = measure_queue(sizes)
+    rows: list[tuple[object, ...]] = []
     lines: dict[str, list[tuple[float, float]]] = {
         name: [] for name in ("an update", "queue", "weights from one node", "weights, doubling")
     }
@@ -212,20 +221,19 @@ def main() -> None:
         one_s, doubling_s = broadcast_s(generators)
         group_bytes = GROUP_COMPLETIONS * lengths.mean_tokens * TOKEN_BYTES * (MAX_STALENESS + 1) * config.batch_groups
         idle = f"{found.generator_idle:.0%}/{found.learner_idle:.0%}"
-        beyond = "*" if config.batch_groups > lives[-1] else ""
+        beyond = "*" if config.batch_groups > sizes[-1] else ""
         times = (f"{queue_s:.1f}{beyond}", f"{one_s:.1f}", f"{doubling_s:.1f}")
-        cells = (generators, f"{found.update_s:.1f}", f"{found.completions_per_s:,.0f}", idle, *times, f"{group_bytes / 1e9:.2f}")
-        print("".join(f"{cell:>14}" for cell in cells), f"  (simulated in {simulated_s:.1f} s)", flush=True)
+        cells = (f"{found.update_s:.1f}", f"{found.completions_per_s:,.0f}", idle, *times, f"{group_bytes / 1e9:.2f}")
+        rows.append((generators, *cells, f"{simulated_s:.1f}"))
         values = (found.update_s, queue_s, one_s, doubling_s)
         for line, value in zip(lines.values(), values, strict=True):
             if value > 0:
                 line.append((generators, value))
         metrics |= {f"{name.replace(' ', '_')}_{generators}_s": value for name, value in zip(lines, values, strict=True)}
-    if arguments.json:
-        metrics |= {"queue_fixed_s": float(fixed), "queue_per_batch_group_s": float(slope)}
-        arguments.json.write_text(json.dumps({"metrics": metrics}, indent=2) + "\n")
+    show("fleets, per update", COLUMNS, rows, f"* beyond B {sizes[-1]}, the largest measured: the line goes on")
     if arguments.plot:
         arguments.plot.write_text(draw_lines(lines, "generators", "seconds per update", logarithmic=True), encoding="utf-8")
+    finish(arguments, metrics)
 
 
 if __name__ == "__main__":

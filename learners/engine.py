@@ -3,17 +3,22 @@
 import datetime
 import math
 import os
+from functools import partial
 from typing import Any, cast
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from async_rlhf.adapters import trained_parameters
 from async_rlhf.config.schema import LearnerConfig
+from async_rlhf.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What each learner.precision loads its weights in."""
@@ -52,12 +57,19 @@ def join_process_group(*, rank: int, world_size: int, address: str, port: int, t
 
 
 def make_engine(module: nn.Module, settings: LearnerConfig, learning_rate: float, num_steps: int) -> Engine:
-    """A DeepSpeed engine around a scorer, with AdamW and the schedule over `num_steps` optimizer steps."""
+    """A DeepSpeed engine around a scorer, with AdamW and the schedule over `num_steps` optimizer steps.
+
+    Raises:
+        ConfigError: activation checkpointing, which this architecture does not do.
+    """
+    if settings.activation_checkpointing:
+        checkpoint_activations(module)
     optimizer = torch.optim.AdamW(
         [parameter for _, parameter in trained_parameters(module)],
         lr=learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     engine, _, _, _ = deepspeed.initialize(
         model=module,
@@ -66,7 +78,7 @@ def make_engine(module: nn.Module, settings: LearnerConfig, learning_rate: float
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": settings.max_grad_norm,
+            "gradient_clipping": settings.max_grad_norm if settings.zero_stage else 0.0,  # else clip_gradients does it
             "zero_optimization": {"stage": settings.zero_stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": settings.precision == "bfloat16"},
@@ -75,9 +87,25 @@ def make_engine(module: nn.Module, settings: LearnerConfig, learning_rate: float
         },
         dist_init_required=False,
     )
+    if settings.zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # two copies of all gradients, for nobody
     # For good: with dropout the policy that is trained would not be the one that samples. Gradients flow all the same.
     engine.eval()
     return engine
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Keep each layer's input alone for the backward pass, which computes the rest again. Not by transformers' own switch: that one asks
+    for training mode, and with it comes dropout.
+
+    Raises:
+        ConfigError: the model does not say what its layers are.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"{type(module).__name__} has no layers to checkpoint; set learner.activation_checkpointing=false")
+    for layer in layers:
+        cast(Any, layer).forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, settings: LearnerConfig, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -101,9 +129,15 @@ def model_of(engine: Engine) -> PreTrainedModel:
     return engine.module.model
 
 
-def own_grad_norm(engine: Engine) -> float | None:
-    """The global gradient norm after the last backward where DeepSpeed does not keep one (stage 0, fp32); else None."""
-    if engine.zero_optimization() or engine.bfloat16_enabled():
+def clip_gradients(engine: Engine, max_norm: float) -> float | None:
+    """Scale the gradients of the last backward to at most `max_norm` where DeepSpeed keeps no norm (stage 0), and return their global norm.
+
+    None: DeepSpeed does both in its step.
+    """
+    if engine.zero_optimization():
         return None
-    norms = [parameter.grad.norm() for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([cast(torch.Tensor, parameter.grad) for parameter in parameters])
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

@@ -85,11 +85,15 @@ class Learner:
             parts_s=self._stopwatch.laps,
         )
 
-    def snapshot(self, version: int) -> Iterator[WeightsVersion]:
-        """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0."""
+    def snapshot(self, version: int, *, lent: bool = False) -> Iterator[WeightsVersion]:
+        """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0.
+
+        Args:
+            lent: whoever takes a bucket copies it at once; see make_buckets.
+        """
         started, parts = time.perf_counter(), published(model_of(self._policy.engine), self._config.learner.lora)
         empty, dtype = self._empty_manifest(version), self._config.generator.dtype
-        for bucket in snapshot(parts, empty, dtype=dtype, keep=dist.get_rank() == 0):
+        for bucket in snapshot(parts, empty, dtype=dtype, keep=dist.get_rank() == 0, lent=lent):
             yield replace(bucket, gather_s=time.perf_counter() - started)
             started = time.perf_counter()
 

@@ -65,8 +65,8 @@ class LearnerRank:
         return self._joined.train_step(update, minibatches)
 
     def snapshot(self, version: int) -> Iterator[WeightsVersion]:
-        """See Learner.snapshot; called as a stream, so that each bucket is an object of its own."""
-        yield from self._joined.snapshot(version)
+        """See Learner.snapshot; called as a stream: Ray copies each bucket, an object of its own, before it asks for the next."""
+        yield from self._joined.snapshot(version, lent=True)
 
     def save_pretrained(self, folder: str) -> None:
         """See Learner.save_pretrained."""

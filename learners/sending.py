@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from async_rlhf.errors import ConfigError
-from async_rlhf.types import WeightsManifest, WeightsVersion
+from async_rlhf.types import Meeting, WeightsManifest, WeightsVersion
 from learners.rank import LearnerRank, open_store
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from async_rlhf.weight_group import Meeting, WeightGroup
+    from async_rlhf.weight_group import WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,8 @@ class Sender:
         self._pins[generator] = held
         return True
 
-    def open(self, generator: str, world_size: int) -> "Meeting":
+    def open(self, generator: str, world_size: int) -> Meeting:
         """Where and how to meet a generator, once."""
-        from async_rlhf.weight_group import Meeting
-
         if self._store is None:
             self._store = open_store()
         address, port, _ = self._store
@@ -76,7 +74,7 @@ class Sender:
             timeout_s=self._timeout_s,
         )
 
-    def meet(self, generator: str, meeting: "Meeting") -> None:
+    def meet(self, generator: str, meeting: Meeting) -> None:
         """Wait for the generator's workers.
 
         Raises:
@@ -141,11 +139,11 @@ class SendingRank(LearnerRank):
         """See Sender."""
         return self._sender is not None and self._sender.pin(generator, version)
 
-    def open(self, generator: str, world_size: int) -> "Meeting":
+    def open(self, generator: str, world_size: int) -> Meeting:
         """See Sender."""
         return self._ready.open(generator, world_size)
 
-    def meet(self, generator: str, meeting: "Meeting") -> None:
+    def meet(self, generator: str, meeting: Meeting) -> None:
         """See Sender."""
         self._ready.meet(generator, meeting)
 

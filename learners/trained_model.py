@@ -15,7 +15,7 @@ from async_rlhf.losses.base import LossOutput, Mean, Peak
 from learners import engine_state
 from learners.checkpoint import SavedModel
 from learners.collective import combine, max_over_ranks, reduce_metrics, sum_over_ranks
-from learners.engine import Engine, own_grad_norm
+from learners.engine import Engine, clip_gradients
 from learners.stopwatch import Stopwatch
 
 Output = tuple[Tensor, ...]
@@ -87,7 +87,7 @@ class TrainedModel:
             self.engine.backward(of_share.loss * dist.get_world_size())
             if last:
                 self._stopwatch.lap("train/forward_backward_s")
-            grad_norm = own_grad_norm(self.engine) if last else None
+            grad_norm = clip_gradients(self.engine, self._settings.max_grad_norm) if last else None
             self.engine.step()
             parts |= {key: combine(parts.get(key), part) for key, part in of_share.metrics.items()}
         self._stopwatch.lap("train/optimizer_s")

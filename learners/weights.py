@@ -17,14 +17,15 @@ GATHER_BYTES = 64 << 20
 """Partitioned parameters are gathered in lots of this size, so that memory stays bounded."""
 
 
-def snapshot(parts: Iterable[Part], empty: WeightsManifest, *, dtype: str, keep: bool) -> Iterator[WeightsVersion]:
+def snapshot(parts: Iterable[Part], empty: WeightsManifest, *, dtype: str, keep: bool, lent: bool) -> Iterator[WeightsVersion]:
     """An immutable copy of the parts, bucket by bucket; see make_buckets. A collective call under ZeRO-3.
 
     Args:
         keep: whether this rank wants the result; the others only take part in the gathering, and get nothing.
+        lent: see make_buckets.
     """
     if keep:
-        yield from make_buckets(gathered(parts), empty, dtype)
+        yield from make_buckets(gathered(parts), empty, dtype, lent=lent)
         return
     for _ in gathered(parts):
         pass

@@ -126,6 +126,8 @@ class LearnerConfig:
     """Sequences of a microbatch behind one another without padding, or above one another padded to the longest."""
     max_tokens_per_microbatch: int = number(16384, ge=1, le=1 << 30)
     """Tokens of one forward pass on one rank, padding included; a group larger than this is a microbatch of its own."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: far less memory, up to a third more time."""
     peak_tflops: float = number(0.0, ge=0.0, le=1e6)
     """Peak of one device, for train/mfu_share; 0: known by the name of the GPU (learners/flops.py), or no such metric."""
     lora: LoraConfig = field(default_factory=LoraConfig)

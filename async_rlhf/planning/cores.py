@@ -1,11 +1,19 @@
-"""Cores that all processes of one machine share: with more processes at work than cores, each goes on at its share of the speed."""
+"""Cores that all processes of one machine share: with more processes at work than cores, each goes on at its share of the speed.
 
-from collections.abc import Callable, Generator
+Taking turns costs: what a process finds in the core's caches is another's. SWITCHING is what makes an asynchronous and a synchronous run
+of one machine agree on how long their work takes (docs/scaling.md).
+"""
+
+import math
+from collections.abc import Generator
 from typing import Any
 
 import simpy
 
-Steps = Generator[Any, Any, None]
+SWITCHING = 0.2
+"""Core time lost, per unit of work, while more processes are at work than there are cores."""
+
+Work = Generator[Any, Any, float]
 
 
 class Cores:
@@ -16,36 +24,44 @@ class Cores:
         self._num = num
         self._active = 0.0
         self._changed = env.event()
-        self._listeners: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        self._spent_s = self._worked_s = 0.0
 
     @property
     def speed(self) -> float:
         """Of each process that is at work, 1 where it has a core to itself."""
-        return min(1.0, self._num / self._active) if self._active else 1.0
+        return 1.0 if self._active <= self._num else self._num / self._active / (1 + SWITCHING)
 
-    def listen(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        """Call both whenever the speed changes: `before` while it is still the old one."""
-        self._listeners.append((before, after))
+    @property
+    def stretch(self) -> float:
+        """Core time spent / work done, so far: 1 where nobody took turns."""
+        return self._spent_s / self._worked_s if self._worked_s else 1.0
 
-    def change(self, by: float) -> None:
-        """So many processes more, or fewer, are at work from now on."""
-        old, new = self.speed, min(1.0, self._num / (self._active + by)) if self._active + by else 1.0
-        if old == new:
-            self._active += by
-            return
-        for before, _ in self._listeners:
-            before()
-        self._active += by
-        event, self._changed = self._changed, self._env.event()
-        event.succeed()
-        for _, after in self._listeners:
-            after()
+    def work(self, seconds: float, num: float = 1.0, until: simpy.Event | None = None) -> Work:
+        """So many processes work for what would be `seconds` alone.
 
-    def work(self, seconds: float, num: float = 1.0) -> Steps:
-        """So many processes work for what would be `seconds` alone."""
-        self.change(num)
-        while seconds > 1e-12:
+        Args:
+            until: ends the work early.
+        Returns:
+            What is left of the seconds then; 0 where all were worked.
+        """
+        self._change(num)
+        while seconds > 1e-12 and not (until is not None and until.processed):
             speed, began = self.speed, self._env.now
-            yield self._env.timeout(seconds / speed) | self._changed
-            seconds -= (self._env.now - began) * speed
-        self.change(-num)
+            worked = self._env.timeout(seconds / speed)
+            others = [event for event in (self._changed if self._num < math.inf else None, until) if event is not None]
+            yield self._env.any_of([worked, *others]) if others else worked
+            worked_s = (self._env.now - began) * speed
+            self._worked_s += num * worked_s
+            self._spent_s += num * worked_s * (1.0 if speed == 1.0 else 1 + SWITCHING)
+            seconds = max(0.0, seconds - worked_s)
+        self._change(-num)
+        return seconds if seconds > 1e-12 else 0.0
+
+    def _change(self, by: float) -> None:
+        before = self.speed
+        self._active += by
+        if abs(self._active) < 1e-9:  # parts of processes do not add up to nothing
+            self._active = 0.0
+        if self.speed != before:
+            event, self._changed = self._changed, self._env.event()
+            event.succeed()

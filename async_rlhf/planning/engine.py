@@ -1,4 +1,7 @@
-"""A generator's continuous batching: every completion in the batch gets one token per step, and a step of n takes a + b n seconds."""
+"""A generator's continuous batching, step by step.
+
+Every completion in the batch gets one token per step, and a step of n of them takes a + b n seconds; for m that join with it, c m more.
+"""
 
 import heapq
 from collections import deque
@@ -15,100 +18,99 @@ Steps = Generator[Any, Any, None]
 
 
 class ModelEngine:
-    """An engine of the model. Completions leave when their length is reached; a group is finished when all of its have left."""
+    """An engine of the model. Completions leave when their length is reached; a group is finished when all of its have left.
+
+    Whatever comes - completions, pauses - comes between two steps.
+    """
 
     def __init__(self, env: simpy.Environment, rates: Rates, cores: Cores, on_finished: Callable[[Ticket], None]) -> None:
         self._env = env
         self._cores = cores
-        self._at_work = False
-        cores.listen(self.count, self.wake)
         self._rates = rates
         self._on_finished = on_finished
+        self._joining: list[tuple[Ticket, list[float]]] = []
         self._ends: list[tuple[float, int]] = []
-        """(step at which a completion ends, its ticket's id): a heap."""
+        """(number of steps after which a completion ends, its ticket's id): a heap."""
         self._groups: dict[int, tuple[Ticket, int]] = {}
         """Ticket id -> ticket, completions still running."""
-        self._steps_done = 0.0
-        self._counted_s = env.now
+        self._num_steps = 0.0
         self._pauses: deque[tuple[float, simpy.Event]] = deque()
-        self.busy_s = 0.0
-        self.alone_s = 0.0
-        """What the same work takes on a core of its own."""
+        self._busy_s = 0.0
+        self._stepping_since: float | None = None
         self.num_tokens = 0.0
-        self._asleep = True
-        """Waiting for the next completion to end, or for work; not in a pause."""
-        self._woken = False
-        self._process = env.process(self._run())
+        self._wanted = env.event()
+        """Something came that has to be looked at before the next step."""
+        env.process(self._run())
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in steps, up to now."""
+        return self._busy_s + (self._env.now - self._stepping_since if self._stepping_since is not None else 0.0)
 
     def add(self, ticket: Ticket, lengths: "list[float]") -> None:
-        """Sample a group: its completions join the batch before the next step."""
-        self._count()
-        self._groups[ticket.ticket_id] = ticket, len(lengths)
-        for tokens in lengths:
-            heapq.heappush(self._ends, (self._steps_done + tokens, ticket.ticket_id))
+        """Sample a group: its completions join the batch with the next step after wake()."""
+        self._joining.append((ticket, lengths))
         self.num_tokens += sum(lengths)
 
     def wake(self) -> None:
         """To be called after one or more add()."""
-        if self._asleep and not self._woken and self._env.active_process is not self._process:
-            self._woken = True
-            self._process.interrupt()
+        if not self._wanted.triggered:
+            self._wanted.succeed()
 
-    def pause(self, seconds: float) -> simpy.Event:
-        """Do not sample for so long; the event comes when that is over."""
-        self._count()
+    def install(self, seconds: float) -> simpy.Event:
+        """Load weights for so long, from the end of this step on, and try the canary; the event comes when that is over."""
         over = self._env.event()
         self._pauses.append((seconds, over))
         self.wake()
         return over
 
-    def count(self) -> None:
-        """Bring the counters up to now."""
-        self._count()
-
-    @property
-    def _step_s(self) -> float:
-        return (self._rates.engine_step_s + self._rates.engine_completion_s * len(self._ends)) / self._cores.speed
-
-    def _count(self) -> None:
-        passed_s, self._counted_s = self._env.now - self._counted_s, self._env.now
-        if self._at_work and passed_s > 0:
-            self.busy_s += passed_s
-            self.alone_s += passed_s * self._cores.speed
-            self._steps_done += passed_s / self._step_s
-
-    def _look(self) -> None:
-        """Take a core, or give it back."""
-        at_work = bool(self._ends) and not self._pauses
-        if at_work != self._at_work:
-            self._count()
-            self._at_work = at_work
-            self._cores.change(1 if at_work else -1)
-
     def _run(self) -> Steps:
         while True:
-            self._look()
+            if not (self._ends or self._joining or self._pauses):
+                yield self._wanted
+            self._wanted = self._env.event()
             if self._pauses:
-                self._asleep = False
-                seconds, over = self._pauses[0]
-                yield from self._cores.work(seconds)
-                self._counted_s, self._asleep = self._env.now, True
-                self._pauses.popleft()
-                over.succeed()
+                yield from self._install()
                 continue
-            wait_s = max(0.0, self._ends[0][0] - self._steps_done) * self._step_s if self._ends else float("inf")
-            try:
-                yield self._env.timeout(wait_s) if wait_s < float("inf") else self._env.event()
-            except simpy.Interrupt:
-                self._woken = False
-                self._count()
-                continue
-            self._count()
+            num_joined = self._join()
+            self._stepping_since = self._env.now
+            yield from self._step(num_joined)
+            self._busy_s, self._stepping_since = self.busy_s, None
             self._finish()
 
+    def _install(self) -> Steps:
+        """The load; then one step, the canary's: all that are running are read anew under the new weights, and get a token, too."""
+        seconds, over = self._pauses.popleft()
+        rates, num = self._rates, len(self._ends) + 1
+        yield from self._cores.work(seconds + rates.engine_step_s + (rates.engine_completion_s + rates.engine_prompt_s) * num)
+        self._num_steps += 1.0
+        self._finish()
+        over.succeed()
+
+    def _join(self) -> int:
+        joining, self._joining = self._joining, []
+        for ticket, lengths in joining:
+            self._groups[ticket.ticket_id] = ticket, len(lengths)
+            for tokens in lengths:
+                heapq.heappush(self._ends, (self._num_steps + tokens, ticket.ticket_id))
+        return sum(len(lengths) for _, lengths in joining)
+
+    def _step(self, num_joined: int) -> Steps:
+        """The step in which some join; or, where none do, as many as come before the next completion ends, or something else comes."""
+        step_s = self._rates.engine_step_s + self._rates.engine_completion_s * len(self._ends)
+        num = self._ends[0][0] - self._num_steps
+        if num_joined:
+            num = min(num, 1.0)
+            yield from self._cores.work(num * step_s + self._rates.engine_prompt_s * num_joined)
+        else:
+            left_s = yield from self._cores.work(num * step_s, until=self._wanted)
+            if left_s:
+                yield from self._cores.work(left_s % step_s)
+                num -= left_s // step_s
+        self._num_steps += num
+
     def _finish(self) -> None:
-        self._steps_done = max(self._steps_done, self._ends[0][0])
-        while self._ends and self._ends[0][0] <= self._steps_done + 1e-9:
+        while self._ends and self._ends[0][0] <= self._num_steps + 1e-9:
             ticket_id = heapq.heappop(self._ends)[1]
             ticket, left = self._groups[ticket_id]
             if left > 1:

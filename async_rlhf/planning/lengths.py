@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Lengths:
     """[G] bool: all scores of the group were equal."""
     prompt_tokens: float
     """Mean, per prompt."""
+    still_tied: float = 1.0
+    """Of the groups that are tied without one of their completions, the share that is tied with it, too."""
 
     @property
     def mean_tokens(self) -> float:
@@ -44,10 +47,19 @@ class Lengths:
     def draw(self, rng: np.random.Generator, num_completions: int) -> tuple[Array, bool]:
         """One group: [num_completions] lengths, and whether it is tied. Siblings stay siblings; missing ones are drawn among them."""
         index = int(rng.integers(len(self.tokens)))
-        group = self.tokens[index]
-        if num_completions > len(group):
-            group = rng.choice(group, num_completions)
-        return group[:num_completions], bool(self.tied[index])
+        group, tied = self.tokens[index], bool(self.tied[index])
+        more = num_completions - len(group)
+        if more > 0:
+            group, tied = rng.choice(group, num_completions), tied and rng.random() < self.still_tied**more
+        elif more < 0 and not tied:
+            tied = rng.random() < self._tied_without(-more)
+        return group[:num_completions], bool(tied)
+
+    def _tied_without(self, fewer: int) -> float:
+        """Of the groups that are not tied, the share that is without so many of their completions."""
+        now = float(self.tied.mean())
+        then = min(1.0, now / max(self.still_tied**fewer, 1e-9))
+        return (then - now) / (1 - now) if now < 1 else 0.0
 
 
 def lognormal_lengths(*, median: float, sigma: float, prompt_tokens: float, config: Config, seed: int = 0) -> Lengths:
@@ -85,13 +97,25 @@ def measured_lengths(run: Path, config: Config) -> Lengths:
     groups = groups[-MAX_GROUPS:]
     return Lengths(
         tokens=np.array([lengths for lengths, _, _ in groups]),
-        tied=np.array([tied for _, tied, _ in groups]),
+        tied=np.array([spread == 1.0 for _, spread, _ in groups]),
         prompt_tokens=float(np.mean([prompt for _, _, prompt in groups])),
+        still_tied=_still_tied([spread for _, spread, _ in groups]),
     )
 
 
-Group = tuple[list[int], bool, int]
-"""Lengths of the completions, whether they are tied, tokens of the prompt."""
+Group = tuple[list[int], float, int]
+"""Lengths of the completions, share of them without which the rest is tied (1: all are), tokens of the prompt."""
+
+
+def _tied_without_one(scores: Sequence[float]) -> float:
+    if len(scores) < 3:  # without one of two nothing is left that could be tied
+        return float(len(scores) == 2 and scores[0] == scores[1])
+    return float(np.mean([len({*scores[:left], *scores[left + 1 :]}) == 1 for left in range(len(scores))]))
+
+
+def _still_tied(spreads: Sequence[float]) -> float:
+    without_one = float(np.mean(spreads))
+    return float(np.mean([spread == 1.0 for spread in spreads])) / without_one if without_one else 1.0
 
 
 def _from_parts(parts: list[Path], size: int) -> list[Group]:
@@ -104,7 +128,7 @@ def _from_parts(parts: list[Path], size: int) -> list[Group]:
         lengths, prompts = (table[name].combine_chunks().value_lengths().to_pylist() for name in ("completion_ids", "prompt_ids"))
         starts, scores = [row for row, index in enumerate(table["completion_index"].to_pylist()) if index == 0], table["score"].to_pylist()
         whole = [start for start, end in itertools.pairwise([*starts, len(lengths)]) if end - start == size]
-        groups[:0] = [(lengths[at : at + size], size > 1 and len(set(scores[at : at + size])) == 1, prompts[at]) for at in whole]
+        groups[:0] = [(lengths[at : at + size], _tied_without_one(scores[at : at + size]), prompts[at]) for at in whole]
         if len(groups) >= MAX_GROUPS:
             break
     return groups
@@ -118,5 +142,6 @@ def _from_journal(journal: Path, size: int) -> list[Group]:
             group = fate.scored.group
             if len(group.rollouts) == size:
                 lengths = [len(rollout.completion_ids) for rollout in group.rollouts]
-                groups.append((lengths, fate.scored.tied, len(group.ticket.prompt.token_ids)))
+                scores = fate.scored.scores.tolist()
+                groups.append((lengths, _tied_without_one(scores), len(group.ticket.prompt.token_ids)))
     return groups

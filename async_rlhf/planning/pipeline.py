@@ -24,7 +24,7 @@ from async_rlhf.planning.cores import Cores
 from async_rlhf.planning.engine import ModelEngine
 from async_rlhf.planning.lengths import Lengths
 from async_rlhf.planning.prediction import Prediction, Scope
-from async_rlhf.planning.rates import Rates
+from async_rlhf.planning.rates import Rates, num_trained
 from async_rlhf.prompts import PromptCursor
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
@@ -122,8 +122,7 @@ class PipelineModel:
         self._kept = 0
         """Groups kept since the last decision that are not in a batch."""
         self._busy = dict.fromkeys((*self._pools, "learner"), 0.0)
-        self._alone = dict(self._busy)
-        """The same work on cores of its own."""
+        self._num_calls = 0
         self._staleness = Counter[int]()
         self._waiting: list[int] = []
         self._marks: list[tuple[float, dict[str, float]]] = []
@@ -165,12 +164,12 @@ class PipelineModel:
         while True:
             while member.inflight >= capacity:
                 yield member.changed.wait()
-            yield self._env.timeout(self._rates.call_s)
+            yield from self._call()
             tickets = self._buffer.grant(member.name, member.installed, capacity - member.inflight, self._env.now)
             if not tickets:
                 yield self._grantable.wait() | member.changed.wait()
                 continue
-            yield self._env.timeout(self._rates.call_s)
+            yield from self._call()
             for ticket in tickets:
                 lengths, tied = self._lengths.draw(self._rng, self._config.completions_per_prompt)
                 self._groups[ticket.ticket_id] = member.installed, lengths.tolist(), tied
@@ -182,7 +181,7 @@ class PipelineModel:
         while True:
             while not finished:
                 yield member.changed.wait()
-            yield self._env.timeout(self._rates.call_s)
+            yield from self._call()
             tickets, finished[:] = sorted(finished, key=lambda ticket: ticket.ticket_id), []
             member.inflight -= len(tickets)
             member.changed.notify()
@@ -195,10 +194,10 @@ class PipelineModel:
         for name, pool in self._pools.items():
             with pool.members.request() as turn:
                 yield turn
-                work_s, began = pool.work_s(tokens), self._env.now
-                yield from self._cores.work(work_s)
-                self._spend(name, began, work_s)
-        yield self._env.timeout(self._rates.call_s)
+                began = self._env.now
+                yield from self._cores.work(pool.work_s(tokens))
+                self._busy[name] += self._env.now - began
+        yield from self._call()
         voided = False
         for ticket in tickets:
             outcome = self._buffer.put(self._scored(ticket))
@@ -213,8 +212,9 @@ class PipelineModel:
             while self._version <= member.installed:
                 yield self._published.wait()
             offer = self._version
-            yield self._env.timeout(self._rates.call_s + self._rates.transfer_s)
-            yield member.engine.pause(self._rates.pause_s)
+            yield from self._call()
+            yield self._env.timeout(self._rates.transfer_s)
+            yield member.engine.install(self._rates.load_s)
             member.installed = offer
             member.changed.notify()
 
@@ -227,11 +227,13 @@ class PipelineModel:
                     batch = self._buffer.decide()
                 if batch is None:
                     yield self._arrived.wait()
+            yield from self._call()
             self._kept -= len(batch.groups)
             self._staleness.update(batch.staleness if update >= WARM_UP else ())
             groups = [self._groups.pop(scored.group.ticket.ticket_id) for scored in batch.groups]
-            sampled = sum(sum(lengths) for _, lengths, _ in groups)
-            tokens = self._scale * (sampled + len(groups) * config.completions_per_prompt * self._lengths.prompt_tokens)
+            size, prompt = config.completions_per_prompt, self._lengths.prompt_tokens
+            trained = [(sum(lengths) / size + prompt) * num_trained(config, tied=tied) for _, lengths, tied in groups]
+            tokens = self._scale * sum(trained)
             algorithm = config.algorithm
             step_s = rates.train_step_s(
                 tokens, ranks=config.learner.num_ranks, epochs=algorithm.epochs_per_batch, minibatches=algorithm.minibatches_per_batch
@@ -239,7 +241,7 @@ class PipelineModel:
             yield from self._cores.work(rates.take_s)
             began = self._env.now
             yield from self._cores.work(step_s, config.learner.num_ranks / self._scale)
-            self._spend("learner", began, step_s)
+            self._busy["learner"] += self._env.now - began
             yield from self._cores.work(rates.export_s)
             self._version = update + 1
             self._published.notify()
@@ -249,9 +251,11 @@ class PipelineModel:
             self._waiting.append(self._kept)
             self._mark()
 
-    def _spend(self, stage: str, began: float, alone_s: float) -> None:
-        self._busy[stage] += self._env.now - began
-        self._alone[stage] += alone_s
+    def _call(self) -> Steps:
+        """From actor to actor, by way of the driver."""
+        self._num_calls += 1
+        yield self._env.timeout(self._rates.call_s)
+        yield from self._cores.work(self._rates.call_work_s)
 
     def _scored(self, ticket: Ticket) -> ScoredGroup:
         version, lengths, tied = self._groups[ticket.ticket_id]
@@ -262,31 +266,27 @@ class PipelineModel:
         return ScoredGroup(group=group, scores=scores, reference_logprobs=(), completions=())
 
     def _mark(self) -> None:
-        for member in self._members:
-            member.engine.count()
         busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
-        tokens = sum(member.engine.num_tokens for member in self._members)
-        self._marks.append((self._env.now, {**busy, "tokens": tokens}))
+        counts = {"tokens": sum(member.engine.num_tokens for member in self._members), "calls": float(self._num_calls)}
+        self._marks.append((self._env.now, {**busy, **counts}))
 
     def _prediction(self) -> Prediction:
         (began, before), (ended, after) = self._marks[WARM_UP - 1], self._marks[-1]
         passed_s, num = ended - began, self._num_updates - WARM_UP
         spent = {key: after.get(key, 0.0) - before.get(key, 0.0) for key in after}
         trained = sum(self._staleness.values())
-        alone = {"generators": sum(member.engine.alone_s for member in self._members), **self._alone}
-        busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
-        update_s = passed_s / num
         idle = {name: 1 - spent[name] / (passed_s * pool.members.capacity) for name, pool in self._pools.items()}
         return Prediction(
-            update_s=update_s,
-            completions_per_s=self._config.batch_groups * self._config.completions_per_prompt / update_s,
+            update_s=passed_s / num,
+            completions_per_s=self._config.batch_groups * self._config.completions_per_prompt * num / passed_s,
             tokens_per_s=self._scale * spent["tokens"] / passed_s,
             generator_idle=1 - spent["generators"] / (passed_s * self._num_generators),
             scorer_idle=idle["scorers"],
             reward_idle=idle.get("rewards"),
             learner_idle=1 - spent["learner"] / passed_s,
             staleness={staleness: num_groups / trained for staleness, num_groups in sorted(self._staleness.items())},
-            slowdown={stage: busy[stage] / alone[stage] if alone[stage] > 0 else 1.0 for stage in busy},
+            stretch=self._cores.stretch,
+            calls=spent["calls"] / num,
             waiting_groups=self._scale * float(np.mean(self._waiting[WARM_UP:])),
         )
 

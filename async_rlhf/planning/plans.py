@@ -11,7 +11,7 @@ from async_rlhf.errors import ConfigError
 from async_rlhf.planning.lengths import Lengths
 from async_rlhf.planning.model import predict
 from async_rlhf.planning.prediction import Prediction
-from async_rlhf.planning.rates import Rates
+from async_rlhf.planning.rates import Rates, num_trained
 
 Unit = Literal["gpus", "cores"]
 
@@ -133,7 +133,7 @@ def _ideal_s(basis: Basis, generators: int, ranks: int) -> float:
     size, groups = config.completions_per_prompt, config.batch_groups
     algorithm = config.algorithm
     learn_s = rates.train_step_s(
-        groups * size * lengths.mean_sequence_tokens,
+        groups * num_trained(config) * lengths.mean_sequence_tokens,
         ranks=ranks,
         epochs=algorithm.epochs_per_batch,
         minibatches=algorithm.minibatches_per_batch,
@@ -142,5 +142,5 @@ def _ideal_s(basis: Basis, generators: int, ranks: int) -> float:
     sampled = groups + min(groups * tied / (1 - tied), config.max_replacements_per_batch)
     running = min(config.generator.max_inflight, max(BOUNDS) * groups * size / generators)
     per_s = running / (rates.engine_step_s + rates.engine_completion_s * running)
-    sample_s = sampled * size * lengths.mean_tokens / (generators * per_s) + rates.pause_s
+    sample_s = sampled * size * lengths.mean_tokens / (generators * per_s) + rates.load_s
     return max(sample_s, rates.take_s + learn_s + rates.export_s + rates.book_s)

@@ -36,8 +36,10 @@ class Prediction:
     """Staleness of a trained group -> share of the groups."""
     waiting_groups: float
     """Finished ones that wait when an update is over, as in queue/depth_groups."""
-    slowdown: Mapping[str, float]
-    """Stage -> how much longer its work takes than on cores of its own; 1: not at all."""
+    stretch: float
+    """Core time spent / work done: more than 1 where processes took turns."""
+    calls: float
+    """From actor to actor, per update."""
 
     @property
     def updates_per_h(self) -> float:

@@ -17,10 +17,12 @@ from async_rlhf.stage_times import SETTLED_VERSION, Row, settled
 
 MIN_UPDATES = 8
 """Settled updates that a measurement takes."""
-HALF_RATE_COMPLETIONS = 8.0
-"""Completions at which an engine reaches half of its top rate, where a run's concurrency varied too little to tell."""
 MIN_VARIATION = 0.05
-"""Standard deviation of the concurrency over its mean, below which its effect cannot be told."""
+"""Standard deviation of the groups per call over their mean, below which their effect cannot be told."""
+STEP = ("generate/step_fixed_s", "generate/step_completion_s", "generate/step_prompt_s")
+NEEDED = ("generate/idle_share", "train/tokens_per_s", "weights/export_s", "weights/install_s", *STEP)
+SHARED = ("generate/work_s", "generate/cpu_s", "score/cpu_s", "train/cpu_s", "queue/cpu_s", "time/driver_cpu_s")
+"""Processor seconds: what a measurement takes besides where processes shared cores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,8 @@ class Rates:
     """One step of an engine, besides what each completion adds."""
     engine_completion_s: float
     """What each completion in the batch adds to a step: 1 / this is the engine's top rate, tokens per second."""
+    engine_prompt_s: float = 0.0
+    """What each completion that joins adds to its first step besides: its prompt is read."""
     score_call_s: float = 0.0
     score_token_s: float = 0.0
     """Per token of a sequence, prompt included."""
@@ -55,10 +59,12 @@ class Rates:
     """Between the push of an update and the learner's next question; without checkpoints and restarts."""
     transfer_s: float = 0.0
     """From a version's publication until a generator has it, checked."""
-    pause_s: float = 0.0
-    """In which the generator does not sample: loading and canary."""
+    load_s: float = 0.0
+    """In which the generator does not sample: the weights are replaced. The canary's step, and running completions, come on top."""
     call_s: float = 0.002
-    """A call from actor to actor."""
+    """A call from actor to actor: how long nobody works for it."""
+    call_work_s: float = 0.0
+    """Of a core, for the same call: in the driver, the queue and Ray."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -66,6 +72,10 @@ class Rates:
             positive = item.name in ("engine_completion_s",)
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
                 raise ConfigError(f"{item.name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {value!r}")
+
+    def scaled(self, factor: float) -> "Rates":
+        """All of them, times `factor`."""
+        return dataclasses.replace(self, **{item.name: factor * getattr(self, item.name) for item in dataclasses.fields(self)})
 
     def train_step_s(self, num_tokens: float, *, ranks: int, epochs: int, minibatches: int) -> float:
         """One train_step over `num_tokens` tokens of sequences."""
@@ -98,67 +108,114 @@ def read_rates(file: Path) -> Rates:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths) -> Rates:
+def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths, *, shared_cores: bool = False) -> Rates:
     """What a run's rows say of its stages.
 
     Args:
         rows: of metrics.jsonl.
         lengths: of the completions of the same run.
+        shared_cores: its processes waited for cores; the rates are what they would need with cores of their own: their processor time.
     Raises:
         ConfigError: fewer than MIN_UPDATES settled updates, or rows without the keys that this takes.
     """
-    spans = _spans(rows)
-    if len(spans) < MIN_UPDATES:
-        raise ConfigError(
-            f"the run has {len(spans)} whole updates after its first {SETTLED_VERSION} and before its last one, a measurement takes "
-            f"{MIN_UPDATES}; train longer, or give rates (--rates)"
-        )
+    keys = (*SHARED, *(["reward/cpu_s"] if config.reward.count else [])) if shared_cores else ()
+    spans = _spans(rows, keys)
     update_s = float(np.mean([seconds for seconds, _ in spans]))
 
     def mean(key: str) -> float:
         return float(np.mean([row.get(key, 0.0) for _, row in spans]))
 
-    tokens = config.batch_groups * config.completions_per_prompt * lengths.mean_sequence_tokens
+    group_tokens = config.completions_per_prompt * lengths.mean_sequence_tokens
+    tokens = float(np.mean([row["train/tokens_per_s"] * row["train/step_s"] for _, row in spans])) / config.algorithm.epochs_per_batch
     epochs, steps = config.algorithm.epochs_per_batch, config.algorithm.epochs_per_batch * config.algorithm.minibatches_per_batch
     step_s, ranks = mean("train/step_s"), config.learner.num_ranks
-    prepare_s, optimizer_s = mean("train/prepare_s"), mean("train/optimizer_s")
-    passes_s = mean("train/forward_backward_s") or max(0.0, step_s - prepare_s - optimizer_s)
-    fixed, per_completion = _engine(spans, config)
-    group_tokens = config.completions_per_prompt * lengths.mean_sequence_tokens
-    call_s, token_s = _raters(spans, "score", config.scorer.count, group_tokens)
-    reward_call_s, reward_token_s = _raters(spans, "reward", config.reward.count, group_tokens)
+    sampling, learning = 1.0, 1.0  # how much of their time these two had a core
+    if shared_cores:
+        sampling = _share(sum(row["generate/work_s"] for _, row in spans), sum(_busy_s(*span, config) for span in spans))
+        learning = _share(mean("train/cpu_s"), (step_s + mean("weights/gather_s")) * ranks)
+    engine, beside_s = _engine(spans, config, sampling, shared_cores=shared_cores)
+    prepare_s, optimizer_s = learning * mean("train/prepare_s"), learning * mean("train/optimizer_s")
+    passes_s = learning * mean("train/forward_backward_s") or max(0.0, learning * step_s - prepare_s - optimizer_s)
+    call_s, token_s = _raters(spans, "score", config.scorer.count, group_tokens, shared_cores=shared_cores)
+    reward_call_s, reward_token_s = _raters(spans, "reward", config.reward.count, group_tokens, shared_cores=shared_cores)
     take_s, export_s = mean("train/take_s"), mean("weights/export_s")
-    pause_s = min(mean("weights/pause_s") + mean("weights/canary_s") or mean("weights/install_s"), mean("weights/install_s"))
     return Rates(
-        engine_step_s=fixed,
-        engine_completion_s=per_completion,
+        engine_step_s=engine[0],
+        engine_completion_s=engine[1],
+        engine_prompt_s=engine[2] + beside_s,
         score_call_s=call_s,
         score_token_s=token_s,
         reward_call_s=reward_call_s,
         reward_token_s=reward_token_s,
-        take_s=take_s,
-        step_fixed_s=max(0.0, step_s - prepare_s - passes_s - optimizer_s),
+        take_s=learning * take_s,
+        step_fixed_s=max(0.0, learning * step_s - prepare_s - passes_s - optimizer_s),
         prepare_token_s=prepare_s * ranks / tokens,
         train_token_s=passes_s * ranks / (epochs * tokens),
         optimizer_s=optimizer_s / steps,
-        export_s=export_s,
-        book_s=max(0.0, update_s - mean("queue/wait_s") - take_s - step_s - export_s),
-        transfer_s=mean("weights/transfer_s") + max(0.0, mean("weights/install_s") - pause_s),
-        pause_s=pause_s,
+        export_s=learning * export_s,
+        book_s=learning * max(0.0, update_s - mean("queue/wait_s") - take_s - step_s - export_s),
+        transfer_s=sampling * mean("weights/transfer_s"),
+        load_s=sampling * mean("weights/pause_s"),
     )
+
+
+def num_trained(config: Config, *, tied: bool = False) -> int:
+    """Completions of a group that the algorithm trains on."""
+    size, name = config.completions_per_prompt, config.algorithm.name
+    return 0 if tied and name == "dpo" else min(size, {"dpo": 2, "bok": 1}.get(name, size))
 
 
 def measured_update_s(rows: Sequence[Row]) -> float:
     """Mean seconds of a settled update."""
-    spans = _spans(rows)
-    return sum(seconds for seconds, _ in spans) / max(1, len(spans))
+    return float(np.mean([seconds for seconds, _ in _spans(rows)]))
 
 
-def _spans(rows: Sequence[Row]) -> list[tuple[float, Row]]:
-    """Seconds and row of each settled update that holds what a measurement takes."""
-    needed = ("generate/tokens_per_s", "weights/export_s", "weights/install_s")
+def measured_calls_work_s(rows: Sequence[Row]) -> float:
+    """Processor seconds that driver and queue spend on an update: on the calls between the actors."""
+    return float(np.mean([row["queue/cpu_s"] + row["time/driver_cpu_s"] for _, row in _spans(rows, SHARED)]))
+
+
+def _spans(rows: Sequence[Row], keys: Sequence[str] = ()) -> list[tuple[float, Row]]:
+    """Seconds and row of each settled update that holds what a measurement takes, `keys` among it.
+
+    Raises:
+        ConfigError: they are fewer than MIN_UPDATES.
+    """
+    needed = (*NEEDED, *keys)
     # The last update is not like the others: no ticket goes out any more.
-    return [span for span in settled(rows[:-1]) if all(math.isfinite(span[1].get(key, math.nan)) for key in needed)]
+    spans = [span for span in settled(rows[:-1]) if all(math.isfinite(span[1].get(key, math.nan)) for key in needed)]
+    if len(spans) < MIN_UPDATES:
+        raise ConfigError(
+            f"the run has {len(spans)} whole updates after its first {SETTLED_VERSION} and before its last one with {', '.join(needed)}; a "
+            f"measurement takes {MIN_UPDATES}; train longer, or anew if its rows lack one of these, or give rates (--rates)"
+        )
+    return spans
+
+
+def _share(part: float, whole: float) -> float:
+    """In (0, 1]."""
+    return min(1.0, max(part, 1e-9) / max(whole, 1e-9))
+
+
+def _busy_s(seconds: float, row: Row, config: Config) -> float:
+    """All engines' seconds in steps, of an update."""
+    return seconds * (row.get("generate/generators", 0.0) or config.generator.count) * (1 - row["generate/idle_share"])
+
+
+def _engine(
+    spans: Sequence[tuple[float, Row]], config: Config, sampling: float, *, shared_cores: bool
+) -> tuple[tuple[float, float, float], float]:
+    """Seconds of an engine's step: fixed, per completion, per one that joins; and what its process does beside, per completion."""
+    known = [row for _, row in spans if row["generate/step_fixed_s"] + row["generate/step_completion_s"] > 0]
+    if not known:
+        raise ConfigError("the run's rows show no sampling (generate/step_fixed_s, generate/step_completion_s); give rates (--rates)")
+    fixed, completion, prompt = (float(np.median([row[key] for row in known])) for key in STEP)
+    beside_s = 0.0
+    if shared_cores:
+        completions = sum(seconds * row["generate/groups_per_s"] for seconds, row in spans) * config.completions_per_prompt
+        installs_s = sampling * sum(row["weights/pause_s"] + row["weights/canary_s"] for _, row in spans)
+        beside_s = max(0.0, sum(row["generate/cpu_s"] - row["generate/work_s"] for _, row in spans) - installs_s) / max(1.0, completions)
+    return (fixed, max(completion, 1e-9), prompt), beside_s
 
 
 def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> tuple[float, float] | None:
@@ -170,31 +227,7 @@ def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> tuple[float, floa
     return (fixed, slope) if slope > 0 and fixed >= 0 else None
 
 
-def _engine(spans: Sequence[tuple[float, Row]], config: Config) -> tuple[float, float]:
-    """Seconds of an engine's step: fixed, and per completion in its batch. A line through what each update showed."""
-    concurrency: list[float] = []
-    step_s: list[float] = []
-    for seconds, row in spans:
-        count = row.get("generate/generators", 0.0) or config.generator.count
-        busy_s, tokens = seconds * count * (1 - row["generate/idle_share"]), row["generate/tokens_per_s"] * seconds
-        if busy_s <= 0 or tokens <= 0:
-            continue
-        admitted = (config.max_staleness + 1) * config.batch_groups * config.completions_per_prompt / count
-        running = row.get("generate/running_requests", min(config.generator.max_inflight, admitted) * count * busy_s / (seconds * count))
-        completions = max(1.0, running * seconds / busy_s)
-        concurrency.append(completions)
-        step_s.append(busy_s * completions / tokens)
-    if not concurrency:
-        raise ConfigError("the run's rows show no sampling (generate/tokens_per_s, generate/idle_share); give rates (--rates)")
-    x, y = np.array(concurrency), np.array(step_s)
-    line = _line(x, y)
-    if line is not None:
-        return line
-    per_completion = float(y.mean()) / (HALF_RATE_COMPLETIONS + float(x.mean()))
-    return HALF_RATE_COMPLETIONS * per_completion, per_completion
-
-
-def _raters(spans: Sequence[tuple[float, Row]], pool: str, count: int, group_tokens: float) -> tuple[float, float]:
+def _raters(spans: Sequence[tuple[float, Row]], pool: str, count: int, group_tokens: float, *, shared_cores: bool) -> tuple[float, float]:
     """Seconds of a call of a scorer, or reward actor: fixed, and per token. Where calls were not counted, all of it grows with the tokens.
 
     Args:
@@ -205,13 +238,17 @@ def _raters(spans: Sequence[tuple[float, Row]], pool: str, count: int, group_tok
     rows = [(seconds, row) for seconds, row in spans if idle in row and row.get("score/groups_per_s", 0.0) > 0]
     if not rows or not count:
         return 0.0, 0.0
-    busy_s = sum(seconds * count * (1 - row[idle]) for seconds, row in rows)
+
+    def at_work_s(seconds: float, row: Row) -> float:
+        return row[f"{pool}/cpu_s"] if shared_cores else seconds * count * (1 - row[idle])
+
     groups = sum(seconds * row["score/groups_per_s"] for seconds, row in rows)
-    timed = [row for _, row in rows if row.get(latency, 0.0) > 0]
-    calls = np.array([count * (1 - row[idle]) / row[latency] for row in timed])
-    groups_per_call = np.array([row["score/groups_per_s"] for row in timed]) / np.maximum(calls, 1e-9)
-    line = _line(groups_per_call, np.array([row[latency] for row in timed]))
-    return (line[0], line[1] / group_tokens) if line is not None else (0.0, busy_s / (groups * group_tokens))
+    timed = [(seconds, row, seconds * count * (1 - row[idle]) / row[latency]) for seconds, row in rows if row.get(latency, 0.0) > 0]
+    groups_per_call = np.array([seconds * row["score/groups_per_s"] / max(calls, 1e-9) for seconds, row, calls in timed])
+    line = _line(groups_per_call, np.array([at_work_s(seconds, row) / max(calls, 1e-9) for seconds, row, calls in timed]))
+    if line is not None:
+        return line[0], line[1] / group_tokens
+    return 0.0, sum(at_work_s(*span) for span in rows) / (groups * group_tokens)
 
 
 def as_mapping(rates: Rates) -> Mapping[str, float]:

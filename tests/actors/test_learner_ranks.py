@@ -82,7 +82,12 @@ def test_loss_and_gradient_of_one_step_are_the_same_on_two_ranks_in_small_padded
 VARIANTS = {
     "two ranks, stage 2, small padded microbatches": (*TWO, "learner.zero_stage=2", "learner.batching=padded", *SMALL),
     "two ranks, stage 3, head in chunks": (*TWO, "learner.zero_stage=3"),
-    "two ranks, stage 3, small microbatches": (*TWO, "learner.zero_stage=3", *SMALL),
+    "two ranks, stage 3, small microbatches, activations computed again": (
+        *TWO,
+        "learner.zero_stage=3",
+        *SMALL,
+        "learner.activation_checkpointing=true",
+    ),
     "two ranks, stage 0": TWO,
     "one rank, stage 1, small microbatches": ("learner.zero_stage=1", *SMALL),
 }

@@ -64,8 +64,7 @@ def make_queue(place: Place, *overrides: str, session: int = 0) -> ReplayQueue:
 def kill(queue: ReplayQueue) -> None:
     """What SIGKILL leaves: the files as they are, and no lock."""
     queue._journal.close()
-    if queue._syncing is not None:
-        queue._syncing.cancel()
+    queue._durability.stop()
 
 
 def scored(tickets: list[Ticket], *, version: int = 0, scores: tuple[float, ...] = (1.0, 0.0)) -> list[ScoredGroup]:

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from async_rlhf.weight_group import Meeting
+from async_rlhf.types import Meeting
 
 pytestmark = pytest.mark.slow  # imports vllm
 

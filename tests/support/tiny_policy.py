@@ -1,6 +1,5 @@
 """A tiny policy with random weights: its folder, its weights as a version, and what it says by a plain forward pass."""
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from async_rlhf.checksums import checksum
 from async_rlhf.config.schema import ModelConfig
 from async_rlhf.tasks.start import build_policy, build_tokenizer
 from async_rlhf.types import TensorSpec, WeightsManifest, WeightsVersion
@@ -50,9 +50,7 @@ def weights_of(model: PreTrainedModel, version: int) -> WeightsVersion:
     tensors = {name: parameter.detach().clone().numpy() for name, parameter in model.named_parameters()}
     for array in tensors.values():
         array.flags.writeable = False
-    specs = tuple(
-        TensorSpec(name=name, shape=array.shape, dtype="float32", checksum=zlib.crc32(array.tobytes())) for name, array in tensors.items()
-    )
+    specs = tuple(TensorSpec(name=name, shape=array.shape, dtype="float32", checksum=checksum(array)) for name, array in tensors.items())
     canary = tuple(float(value) for value in logprobs_of(model, CANARY[:1], CANARY[1:]))
     manifest = WeightsManifest(version=version, tensors=specs, canary_ids=CANARY, canary_logprobs=canary)
     return WeightsVersion(manifest=manifest, tensors=tensors)

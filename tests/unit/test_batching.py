@@ -215,7 +215,7 @@ def test_to_moves_every_tensor_the_layout_too_and_keeps_the_rest(batching: Batch
     layouts = [value for name in microbatch.__slots__ if isinstance(value := getattr(moved, name), PackedLayout)]
     assert len(tensors) == (13 if batching == "packed" else 14) and all(tensor.is_meta for tensor in tensors.values())
     assert len(layouts) == (1 if batching == "packed" else 0)
-    assert all(tensor.is_meta for layout in layouts for tensor in (*layout.buckets, layout.restore))
+    assert all(tensor.is_meta for layout in layouts for tensor in (layout.cells, layout.restore))
     assert [layout.longest for layout in layouts] == [4] * len(layouts)
     assert moved.unit_size == 2
 

@@ -1,6 +1,5 @@
 """The checks of one weights version: each must be able to fail."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from actors.canary import (
     versions_with_room,
 )
 from actors.generator import Generator
+from async_rlhf.checksums import checksum
 from async_rlhf.config import load_config
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import ConfigError, WeightsError
@@ -54,7 +54,7 @@ def values_of(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def make_weights(dtype: str = "float32", *, version: int = 0, logprobs: Sequence[float] = (-1.0, -2.0)) -> WeightsVersion:
     tensors = {name: travelling(array, dtype) for name, array in VALUES.items()}
-    specs = tuple(TensorSpec(name=name, shape=a.shape, dtype=dtype, checksum=zlib.crc32(a.tobytes())) for name, a in tensors.items())
+    specs = tuple(TensorSpec(name=name, shape=a.shape, dtype=dtype, checksum=checksum(a)) for name, a in tensors.items())
     manifest = WeightsManifest(version=version, tensors=specs, canary_ids=(3, 4, 5), canary_logprobs=tuple(logprobs))
     return WeightsVersion(manifest=manifest, tensors=tensors)
 

@@ -1,5 +1,6 @@
 """The thread that steps the engine: what it does in which order, and who learns of its end."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from actors.engine_loop import EngineLoop
+from actors.step_cost import StepMoments
 from async_rlhf.errors import EngineError
 from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan
@@ -268,3 +270,37 @@ def test_close_fails_whoever_still_waits():
 
         with pytest.raises(EngineError, match="the engine is closed"):
             drained.result(timeout=WAIT_S)
+
+
+class JoiningEngine(PacedEngine):
+    """Completions wait until the step that they join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._joined: set[str] = set()
+
+    @property
+    def occupancy(self) -> Occupancy:
+        running = [name for name in self._left if name in self._joined]
+        return Occupancy(num_running=2 * len(running), num_waiting=2 * (len(self._left) - len(running)), kv_use_share=0.0)
+
+    def advance(self) -> None:
+        self._joined |= self._left.keys()
+        super().advance()
+
+
+def test_what_steps_cost_is_read_off_the_loops_own_clock_and_who_joins_is_counted_once():
+    """A clock that goes on by a second whenever it is looked at: each of three steps costs one; two completions join in the first."""
+    engine: Any = JoiningEngine()
+    done = threading.Event()
+    seconds = itertools.count(0.0)
+    engine.allowed.release(3)
+    loop = EngineLoop(engine, lambda name, completions: done.set(), clock=lambda: next(seconds))
+    try:
+        loop.call(lambda owned: engine.add(request("a", num_steps=3)))
+
+        assert done.wait(WAIT_S)
+        assert loop.usage.work_s == 3.0
+        assert loop.usage.steps == StepMoments().with_step(2, 2, 1.0).with_step(2, 0, 1.0).with_step(2, 0, 1.0)
+    finally:
+        loop.close()

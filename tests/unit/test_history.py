@@ -26,7 +26,8 @@ from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Event, Failed
 from async_rlhf.history import History
 from async_rlhf.journal import Journal, read_frames
 from async_rlhf.journal_frames import check_mark
-from async_rlhf.ledger import Ledger, Slot
+from async_rlhf.ledger import Ledger
+from async_rlhf.live_groups import Slot
 from async_rlhf.metrics import summarize
 from async_rlhf.prompts import PromptCursor, TaskStream
 from async_rlhf.replay import ReplayBuffer

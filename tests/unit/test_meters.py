@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from actors.engine_loop import EngineUsage
 from actors.meters import Meter, Reading, Readings
-from actors.rates import Counted, WorkerSeconds, rates
+from actors.rates import Counted, WorkerSeconds, processor_rates, rates
+from actors.step_cost import StepMoments
 
 
 class Clock:
@@ -112,3 +113,30 @@ def test_reward_actors_have_rates_where_there_are_any_and_a_latency_only_where_a
 
     assert row["reward/idle_share"] == 0.75
     assert not {"reward/latency_s", "score/latency_s"} & set(row)
+
+
+def test_what_a_step_costs_is_the_mean_over_the_engines_that_took_one():
+    """Steps of 1 s and .1 s per completion in one, 3 s and .3 s in the other; the third one took none since."""
+    steps = [(number % 5, 0) for number in range(20)]
+    usage = dict[str, EngineUsage]()
+    for name, factor in (("a", 1.0), ("b", 3.0), ("still", 9.0)):
+        moments = StepMoments()
+        for completions, joined in steps:
+            moments = moments.with_step(completions, joined, factor * (1.0 + 0.1 * completions))
+        usage[name] = EngineUsage(busy_s=1.0, num_tokens=1, num_completions=1, work_s=0.5, steps=moments)
+
+    row = rates(
+        Counted(usage={"still": usage["still"]}), Counted(usage=usage), 1.0, WorkerSeconds(generators=3.0, scorers=1.0, rewards=0.0)
+    )
+
+    assert row["generate/step_fixed_s"] == pytest.approx(2.0) and row["generate/step_completion_s"] == pytest.approx(0.2)
+    assert row["generate/step_prompt_s"] == pytest.approx(0.0) and row["generate/work_s"] == pytest.approx(1.0)
+
+
+def test_processor_seconds_are_those_of_processes_that_were_there_all_the_time():
+    """A generator that is new brings the seconds of its start, one that is gone none; of what is on other nodes nothing is known."""
+    before = Counted(processor={"generate": {"old": 5.0, "gone": 9.0}, "queue": {"queue": 1.0}, "driver": {"driver": 2.0}})
+    after = Counted(processor={"generate": {"old": 6.5, "new": 20.0}, "queue": {"queue": 1.25}, "driver": {"driver": 2.5}})
+
+    assert processor_rates(before, after) == {"generate/cpu_s": 1.5, "queue/cpu_s": 0.25, "time/driver_cpu_s": 0.5}
+    assert processor_rates(Counted(), Counted()) == {}

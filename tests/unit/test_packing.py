@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from async_rlhf.packing import BUCKET_RATIO, make_layout, packed_attention
+from async_rlhf.packing import BUCKET_RATIO, PackedLayout, make_layout, packed_attention
 
 some_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=20)
 
@@ -29,6 +29,12 @@ def make_heads(lengths: list[int], *, heads: int = 2, kv_heads: int = 2, width: 
     return Heads(
         *(torch.randn(number, sum(lengths), width, generator=generator, dtype=torch.float64) for number in (heads, kv_heads, kv_heads))
     )
+
+
+def buckets_of(layout: PackedLayout) -> list[Tensor]:
+    """Per bucket: [n, longest] tokens of the pack."""
+    parts = layout.cells.split([count * longest for count, longest in layout.shapes])
+    return [part.view(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
 
 
 def spans(lengths: list[int]) -> list[slice]:
@@ -65,8 +71,7 @@ def one_by_one(heads: Heads, lengths: list[int], scale: float) -> Tensor:
 def test_every_token_of_the_pack_is_restored_exactly_once(lengths: list[int]):
     layout = make_layout(lengths)
 
-    flattened = torch.cat([bucket.flatten() for bucket in layout.buckets])
-    assert flattened[layout.restore].tolist() == list(range(sum(lengths)))
+    assert layout.cells[layout.restore].tolist() == list(range(sum(lengths)))
     assert len(set(layout.restore.tolist())) == sum(lengths)
     assert layout.longest == max(lengths)
 
@@ -76,7 +81,7 @@ def test_every_token_of_the_pack_is_restored_exactly_once(lengths: list[int]):
 def test_a_row_of_a_bucket_is_one_whole_sequence_in_its_order(lengths: list[int]):
     layout = make_layout(lengths)
 
-    rows = [row.tolist() for bucket in layout.buckets for row in bucket]
+    rows = [row.tolist() for bucket in buckets_of(layout) for row in bucket]
     expected = {span.start: list(range(span.start, span.stop)) for span in spans(lengths)}
     assert sorted(row[0] for row in rows) == sorted(expected)
     for row in rows:
@@ -90,17 +95,18 @@ def test_waste_is_bounded_by_the_bucket_ratio_and_so_is_the_number_of_buckets(le
     """Each bucket begins with a sequence more than BUCKET_RATIO times as long as the one before began with."""
     layout = make_layout(lengths)
 
-    assert sum(bucket.numel() for bucket in layout.buckets) <= BUCKET_RATIO * sum(lengths)
-    assert len(layout.buckets) <= 1 + math.log(max(lengths) / min(lengths), BUCKET_RATIO)
+    assert len(layout.cells) <= BUCKET_RATIO * sum(lengths)
+    assert len(layout.shapes) <= 1 + math.log(max(lengths) / min(lengths), BUCKET_RATIO)
 
 
 def test_sequences_of_like_length_attend_together_by_hand():
     """Ratio 1.25: 4 and 5 together, 8 and 10 together, 11 alone. Tokens 0-7, 8-11, 12-22, 23-32, 33-37."""
     layout = make_layout([8, 4, 11, 10, 5])
 
-    assert [list(bucket.shape) for bucket in layout.buckets] == [[2, 5], [2, 10], [1, 11]]
-    assert layout.buckets[0].tolist() == [[8, 9, 10, 11, 0], [33, 34, 35, 36, 37]]
-    assert layout.buckets[1].tolist() == [[*range(8), 0, 0], [*range(23, 33)]]
+    assert layout.shapes == ((2, 5), (2, 10), (1, 11))
+    fours, eights, _ = buckets_of(layout)
+    assert fours.tolist() == [[8, 9, 10, 11, 0], [33, 34, 35, 36, 37]]
+    assert eights.tolist() == [[*range(8), 0, 0], [*range(23, 33)]]
     assert layout.restore.tolist() == [*range(10, 18), *range(4), *range(30, 41), *range(20, 30), *range(5, 10)]
 
 
@@ -232,4 +238,4 @@ def test_a_token_sees_the_past_of_its_sequence_and_never_its_future():
 def test_buckets_are_cut_from_short_to_long():
     layout = make_layout([30, 2, 7, 100, 6])
 
-    assert all(short.shape[1] < long.shape[1] for short, long in pairwise(layout.buckets))
+    assert all(short < long for (_, short), (_, long) in pairwise(layout.shapes))

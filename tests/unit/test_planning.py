@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,18 +19,20 @@ from async_rlhf.config import Config, to_yaml
 from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, RewardConfig, ScorerConfig
 from async_rlhf.errors import ConfigError
+from async_rlhf.planning import cores as sharing
 from async_rlhf.planning.cores import Cores
 from async_rlhf.planning.engine import ModelEngine
 from async_rlhf.planning.lengths import Lengths, lognormal_lengths, measured_lengths
-from async_rlhf.planning.model import calibrated_rates, predict, rates_alone
+from async_rlhf.planning.model import calibrated_rates, predict
 from async_rlhf.planning.pipeline import MAX_GENERATORS
 from async_rlhf.planning.plans import Basis, compare, recommend
-from async_rlhf.planning.rates import Rates, measured_rates, measured_update_s, read_rates
+from async_rlhf.planning.rates import Rates, measured_rates, measured_update_s, num_trained, read_rates
 from async_rlhf.rollout_table import GroupFate, write_part
 from async_rlhf.types import Ticket
 from tests.support.samples import make_scored, make_ticket
 
 CONFIG = Config(batch_groups=8, completions_per_prompt=2, generator=GeneratorConfig(max_inflight=32), max_staleness=1)
+ALGORITHMS: tuple[Literal["dpo", "bok", "rloo"], ...] = ("dpo", "bok", "rloo")
 FAST = Rates(engine_step_s=0.0, engine_completion_s=1e-6, call_s=0.0)
 """Everything takes next to nothing; tests slow one stage down."""
 
@@ -40,11 +43,20 @@ def even(tokens: float = 10.0, *, tied: float = 0.0, prompt: float = 0.0) -> Len
     return Lengths(tokens=np.full((100, 2), tokens), tied=ties, prompt_tokens=prompt)
 
 
+@pytest.fixture
+def free_switching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cores lose no time when processes take turns."""
+    monkeypatch.setattr(sharing, "SWITCHING", 0.0)
+
+
 # The engine
 
 
 def finish_times(
-    adds: dict[float, list[tuple[int, list[float]]]], pauses: dict[float, float] | None = None, num_cores: float = math.inf
+    adds: dict[float, list[tuple[int, list[float]]]],
+    installs: dict[float, float] | None = None,
+    num_cores: float = math.inf,
+    prompt_s: float = 0.0,
 ) -> tuple[dict[int, float], float]:
     """When each ticket's group is finished, and for how long the engine was busy; steps of n completions take 1 + n seconds."""
     env, ends = simpy.Environment(), dict[int, float]()
@@ -52,7 +64,8 @@ def finish_times(
     def on_finished(ticket: Ticket) -> None:
         ends[ticket.ticket_id] = env.now
 
-    engine = ModelEngine(env, Rates(engine_step_s=1.0, engine_completion_s=1.0), Cores(env, num_cores), on_finished)
+    rates = Rates(engine_step_s=1.0, engine_completion_s=1.0, engine_prompt_s=prompt_s)
+    engine = ModelEngine(env, rates, Cores(env, num_cores), on_finished)
 
     def give():
         for at, groups in sorted(adds.items()):
@@ -62,14 +75,13 @@ def finish_times(
             engine.wake()
 
     def hold():
-        for at, seconds in sorted((pauses or {}).items()):
+        for at, seconds in sorted((installs or {}).items()):
             yield env.timeout(at - env.now)
-            yield engine.pause(seconds)
+            yield engine.install(seconds)
 
     env.process(give())
     env.process(hold())
     env.run(until=1000)
-    engine.count()
     return ends, engine.busy_s
 
 
@@ -85,19 +97,36 @@ def test_a_group_that_joins_slows_the_others_down():
     assert ends == {0: pytest.approx(10.0), 1: pytest.approx(12.0)} and busy_s == pytest.approx(12.0)
 
 
-def test_a_pause_delays_everything_and_is_no_work():
-    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, pauses={2.0: 5.0})
+def test_completions_join_between_two_steps_and_their_prompts_are_read():
+    """One of 3 tokens alone: steps of 2 s, the first 10 s longer for its prompt. Who comes at 13 s waits for the step's end at
+    14 s; then both in 3 s and 10 s for the prompt; the newcomer's second token takes 2 s."""
+    ends, busy_s = finish_times({0.0: [(0, [3.0])], 13.0: [(1, [2.0])]}, prompt_s=10.0)
 
-    assert ends == {0: pytest.approx(11.0)} and busy_s == pytest.approx(6.0)
-
-
-def test_work_that_comes_during_a_pause_begins_after_it():
-    ends, busy_s = finish_times({1.0: [(0, [1.0])], 2.0: [(1, [1.0])]}, pauses={0.0: 5.0})
-
-    assert ends == {0: pytest.approx(8.0), 1: pytest.approx(8.0)} and busy_s == pytest.approx(3.0)
+    assert ends == {0: pytest.approx(27.0), 1: pytest.approx(29.0)} and busy_s == pytest.approx(29.0)
 
 
-def test_processes_that_share_a_core_take_turns():
+def test_an_install_delays_everything_and_is_no_work():
+    """A step until 2 s, 5 s of loading, 3 s of a step with the canary, in which the completion gets its second token; 2 s for the third."""
+    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0})
+
+    assert ends == {0: pytest.approx(12.0)} and busy_s == pytest.approx(4.0)
+
+
+def test_running_completions_are_read_anew_after_an_install():
+    """As above with 10 s for a prompt: in the first step one is read, in the canary's step two."""
+    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0}, prompt_s=10.0)
+
+    assert ends == {0: pytest.approx(12.0 + 30.0)} and busy_s == pytest.approx(14.0)
+
+
+def test_work_that_comes_during_an_install_begins_after_it():
+    """5 s of loading, 2 s of the canary's step, then both in one step of 3 s."""
+    ends, busy_s = finish_times({1.0: [(0, [1.0])], 2.0: [(1, [1.0])]}, installs={0.0: 5.0})
+
+    assert ends == {0: pytest.approx(10.0), 1: pytest.approx(10.0)} and busy_s == pytest.approx(3.0)
+
+
+def test_processes_that_share_a_core_take_turns(free_switching: None):
     """Two of 1 s and 3 s on one core: both at half speed until 2 s, then one alone for its last 2 s. On two cores nobody waits."""
     for num_cores, ends in ((1, [2.0, 4.0]), (2, [1.0, 3.0])):
         env, done = simpy.Environment(), list[float]()
@@ -113,7 +142,32 @@ def test_processes_that_share_a_core_take_turns():
         assert done == [pytest.approx(end) for end in ends] and cores.speed == 1.0
 
 
-def test_an_engine_on_half_a_core_takes_twice_as_long():
+def test_taking_turns_costs_core_time():
+    """Two of 1 s on one core: 2.4 s. On two cores nobody takes turns."""
+    for num_cores, end, stretch in ((1, 2.0 * (1 + sharing.SWITCHING), 1 + sharing.SWITCHING), (2, 1.0, 1.0)):
+        env = simpy.Environment()
+        cores = Cores(env, num_cores)
+        for _ in range(2):
+            env.process(cores.work(1.0))
+        env.run()
+        assert (env.now, cores.stretch) == (pytest.approx(end), pytest.approx(stretch))
+
+
+def test_work_that_is_ended_early_says_what_is_left():
+    env, left = simpy.Environment(), list[float]()
+    cores = Cores(env, 1)
+
+    def work():
+        left.append((yield from cores.work(3.0, until=env.timeout(1.0))))
+        left.append((yield from cores.work(left[0])))
+
+    env.process(work())
+    env.run()
+
+    assert left == [pytest.approx(2.0), 0.0] and env.now == pytest.approx(3.0)
+
+
+def test_an_engine_on_half_a_core_takes_twice_as_long(free_switching: None):
     ends, busy_s = finish_times({0.0: [(0, [3.0, 5.0])]}, num_cores=0.5)
 
     assert ends == {0: pytest.approx(26.0)} and busy_s == pytest.approx(26.0)
@@ -131,11 +185,12 @@ def test_a_slow_learner_alone_makes_the_period():
 
 
 def test_slow_engines_alone_make_the_period():
-    """Two engines of 100 tokens a second each, whatever their batch; 8 groups of 2 completions of 10 tokens: .8 s."""
+    """Two engines of 100 tokens a second each, whatever their batch; 8 groups of 2 completions of 10 tokens: .8 s. Of it
+    .17 s go to the canary's step."""
     config = replace(CONFIG, max_staleness=4, generator=GeneratorConfig(count=2, max_inflight=32))
     found = predict(config, replace(FAST, engine_completion_s=0.01), even(), num_updates=20)
 
-    assert found.update_s == pytest.approx(0.8, rel=0.02) and found.generator_idle == pytest.approx(0.0, abs=0.02)
+    assert found.update_s == pytest.approx(0.8, rel=0.02) and found.generator_idle == pytest.approx(0.2, abs=0.03)
 
 
 def test_slow_scorers_make_the_period_and_more_of_them_shorten_it():
@@ -173,7 +228,7 @@ def test_reward_actors_are_a_stage_of_their_own_before_the_scorers():
     assert predict(CONFIG, rates, even(), num_updates=2).reward_idle is None
 
 
-def test_stages_that_share_one_core_make_the_period_together():
+def test_stages_that_share_one_core_make_the_period_together(free_switching: None):
     """1.6 s of sampling and 1 s of training overlap on cores of their own: 1.6 s; on one core: 2.6 s."""
     config = replace(CONFIG, max_staleness=4)
     rates = replace(FAST, engine_completion_s=0.01, step_fixed_s=1.0)
@@ -181,18 +236,15 @@ def test_stages_that_share_one_core_make_the_period_together():
     apart, together = (predict(config, rates, even(), num_updates=15, num_cores=num) for num in (2, 1))
 
     assert apart.update_s == pytest.approx(1.6, rel=0.03) and together.update_s == pytest.approx(2.6, rel=0.03)
-    assert apart.slowdown["learner"] == pytest.approx(1.0) and together.slowdown["learner"] > 1.5
 
 
-def test_rates_on_cores_of_their_own_are_found_from_those_on_shared_ones():
-    """What a shared core makes of rates is turned back into them."""
-    config, alone = replace(CONFIG, max_staleness=4), replace(FAST, engine_completion_s=0.01, step_fixed_s=1.0)
-    slowdown = predict(config, alone, even(), num_updates=20, num_cores=1).slowdown
-    measured = replace(alone, engine_completion_s=0.01 * slowdown["generators"], engine_step_s=0.0, step_fixed_s=slowdown["learner"])
+def test_calls_take_core_time_from_the_stages():
+    """Training of 1 s on a core of its own; on one core the calls' work comes on top, however many they are."""
+    rates = replace(FAST, step_fixed_s=1.0, call_work_s=0.01)
 
-    found = rates_alone(measured, config, even(), num_cores=1)
+    found = predict(CONFIG, rates, even(), num_updates=10, num_cores=1)
 
-    assert found.engine_completion_s == pytest.approx(0.01, rel=0.1) and found.step_fixed_s == pytest.approx(1.0, rel=0.1)
+    assert found.calls > 5 and found.update_s > 1.0 + 0.01 * found.calls
 
 
 def test_ties_cost_samples():
@@ -234,7 +286,7 @@ def test_one_simulated_generator_stands_for_many():
     generators=st.integers(1, 3),
     groups=st.integers(1, 6),
     order=st.sampled_from(["ready", "ticket"]),
-    slow=st.sampled_from(["engine_completion_s", "step_fixed_s", "score_token_s", "transfer_s", "pause_s"]),
+    slow=st.sampled_from(["engine_completion_s", "step_fixed_s", "score_token_s", "transfer_s", "load_s"]),
     seed=st.integers(0, 5),
 )
 def test_the_bound_holds_in_the_model_and_shares_are_shares(eta: int, generators: int, groups: int, order: str, slow: str, seed: int):
@@ -253,7 +305,7 @@ def test_the_bound_holds_in_the_model_and_shares_are_shares(eta: int, generators
 
 
 def measured_rows(num: int = 14, config: Config = CONFIG) -> list[dict[str, float]]:
-    """Updates of 2 s of an engine with steps of .01 s + .001 s per completion, at 10 to 23 completions for 1 s; .5 s of training."""
+    """Updates of 2 s of an engine with steps of .01 s + .001 s per completion, for 1 s; .5 s of training. All have half a core for it."""
     rows: list[dict[str, float]] = []
     for number in range(num):
         completions = 10.0 + number
@@ -264,14 +316,24 @@ def measured_rows(num: int = 14, config: Config = CONFIG) -> list[dict[str, floa
                 "queue/wait_s": 1.2,
                 "train/take_s": 0.1,
                 "train/step_s": 0.5,
+                "train/tokens_per_s": 480.0,
                 "train/prepare_s": 0.1,
                 "train/forward_backward_s": 0.3,
                 "train/optimizer_s": 0.05,
                 "generate/idle_share": 0.5,
-                "generate/running_requests": completions / 2,
+                "generate/step_fixed_s": 0.01,
+                "generate/step_completion_s": 0.001,
+                "generate/step_prompt_s": 0.002,
+                "generate/work_s": 0.5,
+                "generate/cpu_s": 0.7,
+                "score/cpu_s": 0.1,
+                "train/cpu_s": 0.25,
+                "queue/cpu_s": 0.06,
+                "time/driver_cpu_s": 0.04,
                 "generate/tokens_per_s": completions / (0.01 + 0.001 * completions) / 2,
                 "score/idle_share": 0.9,
                 "score/groups_per_s": 4.0,
+                "generate/groups_per_s": 4.0,
                 "weights/export_s": 0.05,
                 "weights/install_s": 0.3,
                 "weights/pause_s": 0.1,
@@ -290,7 +352,8 @@ def test_rates_are_read_off_a_run():
     assert (rates.train_token_s, rates.prepare_token_s) == (pytest.approx(0.3 / 240), pytest.approx(0.1 / 240))
     assert (rates.optimizer_s, rates.step_fixed_s) == (pytest.approx(0.05), pytest.approx(0.05))
     assert rates.score_token_s == pytest.approx(0.2 / (8 * 30))
-    assert (rates.pause_s, rates.transfer_s) == (pytest.approx(0.15), pytest.approx(0.35))
+    assert rates.engine_prompt_s == pytest.approx(0.002) and rates.call_work_s == 0.0
+    assert (rates.load_s, rates.transfer_s) == (pytest.approx(0.1), pytest.approx(0.2))
     assert (rates.take_s, rates.export_s, rates.book_s) == (pytest.approx(0.1), pytest.approx(0.05), pytest.approx(0.15))
 
 
@@ -323,17 +386,51 @@ def test_updates_of_different_drivers_are_not_paired():
     assert measured_update_s(rows) == pytest.approx(2.0) and measured_rates(rows, CONFIG, even(prompt=5.0)).book_s == pytest.approx(0.15)
 
 
-def test_passes_over_a_batch_share_its_time():
+def test_passes_over_a_batch_share_its_time_and_its_tokens():
+    """240 tokens were trained in .3 s, 120 of them twice; those were prepared once, in .1 s."""
     twice = replace(CONFIG, algorithm=AlgorithmConfig(epochs_per_batch=2))
+    rates = measured_rates(measured_rows(), twice, even())
 
-    assert measured_rates(measured_rows(), twice, even()).train_token_s == pytest.approx(0.3 / (2 * 160))
+    assert rates.train_token_s == pytest.approx(0.3 / 240) and rates.prepare_token_s == pytest.approx(0.1 / 120)
 
 
-def test_an_engine_whose_load_never_changed_keeps_its_measured_speed():
-    rows = [row | {"generate/running_requests": 8.0, "generate/tokens_per_s": 500.0} for row in measured_rows()]
-    rates = measured_rates(rows, CONFIG, even())
+def test_rates_on_shared_cores_are_processor_time():
+    """All had half a core: half of the seconds. A scorer works .1 s for 8 groups of 30 tokens. Beside its steps (.5 s) and installs
+    (.075 s) the generator's process works .125 s for 16 completions."""
+    rates = measured_rates(measured_rows(), CONFIG, even(prompt=5.0), shared_cores=True)
 
-    assert rates.engine_step_s + 16 * rates.engine_completion_s == pytest.approx(16 / 1000)
+    assert (rates.engine_step_s, rates.engine_completion_s) == (pytest.approx(0.01), pytest.approx(0.001))
+    assert rates.engine_prompt_s == pytest.approx(0.002 + 0.125 / 16)
+    assert (rates.train_token_s, rates.optimizer_s) == (pytest.approx(0.15 / 240), pytest.approx(0.025))
+    assert rates.score_token_s == pytest.approx(0.1 / (8 * 30))
+    assert (rates.take_s, rates.export_s, rates.book_s) == (pytest.approx(0.05), pytest.approx(0.025), pytest.approx(0.075))
+    assert (rates.load_s, rates.transfer_s) == (pytest.approx(0.05), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(("key", "config"), [("queue/cpu_s", CONFIG), ("reward/cpu_s", replace(CONFIG, reward=RewardConfig(count=1)))])
+def test_rates_on_shared_cores_take_processor_time_that_was_measured(key: str, config: Config):
+    rows = [{name: value for name, value in row.items() if name != key} for row in measured_rows()]
+
+    with pytest.raises(ConfigError, match=rf"{key}.* takes 8"):
+        calibrated_rates(rows, config, even(), num_cores=2)
+
+
+def test_on_shared_cores_a_call_takes_what_driver_and_queue_worked_for_it():
+    """.1 s for an update, divided among the calls that the model makes; what switching added is taken out of all rates."""
+    rates = calibrated_rates(measured_rows(), CONFIG, even(prompt=5.0), num_cores=1)
+    found = predict(CONFIG, rates, even(prompt=5.0), num_updates=20, num_cores=1)
+
+    assert rates.call_s == 0.0 and found.stretch > 1.0
+    assert rates.call_work_s * found.calls * found.stretch == pytest.approx(0.1, rel=0.05)
+    assert rates.engine_step_s * found.stretch == pytest.approx(0.01, rel=0.05)
+
+
+def test_training_takes_the_completions_that_its_algorithm_trains():
+    counts = {name: num_trained(replace(CONFIG, completions_per_prompt=6, algorithm=AlgorithmConfig(name=name))) for name in ALGORITHMS}
+
+    assert counts == {"dpo": 2, "bok": 1, "rloo": 6}
+    assert num_trained(CONFIG, tied=True) == 0  # a pair of equals teaches nothing
+    assert num_trained(replace(CONFIG, completions_per_prompt=1, algorithm=AlgorithmConfig(name="rloo"))) == 1
 
 
 def test_a_run_too_short_to_measure_is_refused():
@@ -391,6 +488,27 @@ def test_a_damaged_dataset_is_refused(tmp_path: Path):
         measured_lengths(tmp_path, CONFIG)
 
 
+def test_ties_grow_rarer_with_more_completions_and_more_frequent_with_fewer():
+    """Half of the groups of two are tied, and of those .6 stay it with one more. Of those that are not, with one less all must be."""
+    lengths = Lengths(tokens=np.ones((2, 2)), tied=np.array([True, False]), prompt_tokens=0.0, still_tied=0.6)
+    rng = np.random.default_rng(0)
+
+    tied = {num: np.mean([lengths.draw(rng, num)[1] for _ in range(4000)]) for num in (1, 2, 3, 4)}
+
+    assert tied == {num: pytest.approx(share, abs=0.03) for num, share in {1: 0.5 / 0.6, 2: 0.5, 3: 0.3, 4: 0.18}.items()}
+
+
+def test_how_ties_go_on_is_read_off_the_scores(tmp_path: Path):
+    """Scores of three completions: all equal, one apart, two apart from each other. Without one of them 3, 1 and 0 of 3 rests are tied."""
+    of_groups = ((1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 2.0))
+    groups = [make_scored(make_ticket(number), scores=scores) for number, scores in enumerate(of_groups)]
+    write_part(tmp_path / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+
+    lengths = measured_lengths(tmp_path, replace(CONFIG, completions_per_prompt=3))
+
+    assert lengths.tied.tolist() == [True, False, False] and lengths.still_tied == pytest.approx((1 / 3) / (4 / 9))
+
+
 def test_larger_groups_draw_their_further_completions_among_the_siblings():
     lengths = Lengths(tokens=np.array([[3.0, 4.0]]), tied=np.array([False]), prompt_tokens=0.0)
     drawn, tied = lengths.draw(np.random.default_rng(0), 6)
@@ -405,7 +523,7 @@ def test_calls_take_what_makes_the_measured_run_come_out():
     known = replace(measured_rates(measured_rows(), config, lengths), call_s=0.03)
     update_s = predict(config, known, lengths, num_updates=20).update_s
     longer = update_s / 2.0
-    shares = ("generate/running_requests", "generate/tokens_per_s", "score/groups_per_s")  # as much in more time
+    shares = ("generate/tokens_per_s", "score/groups_per_s")  # as much in more time
     rows = [
         row
         | {key: row[key] / longer for key in shares}

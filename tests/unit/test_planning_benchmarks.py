@@ -3,7 +3,7 @@
 import pytest
 
 from async_rlhf.verdict import Bottleneck
-from benchmarks.plan import PREDICTED, is_as_named
+from benchmarks.plan import RUNS, is_as_named
 from benchmarks.scaling import queue_cost
 
 
@@ -30,5 +30,5 @@ def test_the_cost_of_the_queue_holds_whole_batches(batch_groups: int, num_decisi
 def test_a_regime_is_told_by_its_verdict_or_its_idle_shares(
     name: str, bottleneck: Bottleneck, generator_idle: float, learner_idle: float, expected: bool
 ):
-    assert name in PREDICTED
+    assert name in RUNS
     assert is_as_named(name, bottleneck, {"generator_idle": generator_idle, "learner_idle": learner_idle}) is expected

@@ -144,19 +144,33 @@ def test_a_model_with_learned_positions_scores_packed_as_it_does_alone():
         torch.testing.assert_close(together[row][mask[row]], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @batchings
-def test_gradient_of_a_log_probability_is_that_of_the_full_logits(batching: Batching):
+def test_gradient_of_a_log_probability_is_that_of_the_full_logits(batching: Batching, temperature: float):
     plain, model, sequences = tiny(), tiny(batching=batching), make_sequences([(5, 4), (3, 9)])
     full = [
-        plain(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, ids[0, len(s.prompt_ids) :, None]).sum()
+        (plain(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / temperature)
+        .log_softmax(-1)
+        .gather(-1, ids[0, len(s.prompt_ids) :, None])
+        .sum()
         for s in sequences
         for ids in [token_ids(s)]
     ]
 
-    logprobs, entropy = score_microbatch(CompletionScorer(model), make_microbatch(sequences, batching), 1.0, CPU)
+    logprobs, entropy = score_microbatch(CompletionScorer(model), make_microbatch(sequences, batching), temperature, CPU)
 
     assert not entropy.requires_grad
     assert_same_gradients(gradients(model, logprobs.sum()), gradients(plain, torch.stack(full).sum()))
+
+
+def test_a_second_backward_through_the_head_is_refused_and_never_wrong():
+    model = tiny(batching="packed")
+    logprobs, _ = score_microbatch(CompletionScorer(model), make_microbatch(make_sequences([(5, 4)]), "packed"), 1.0, CPU)
+
+    logprobs.sum().backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        logprobs.sum().backward()
 
 
 @batchings

@@ -431,7 +431,7 @@ class ZombieFriend(ReplayBuffer):
     def put(self, scored: ScoredGroup) -> PutOutcome:
         slot = self.ledger.slots.get(scored.group.ticket.ticket_id)
         if slot is not None and slot.scored is None:
-            slot.ticket = scored.group.ticket
+            self.ledger.slots.turn(slot.ticket.ticket_id, slot.state, scored.group.ticket)
         return super().put(scored)
 
 

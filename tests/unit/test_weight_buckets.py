@@ -45,3 +45,25 @@ def test_parameters_are_gathered_no_further_than_the_first_one_of_the_next_bucke
 
     assert [spec.name for spec in next(buckets).manifest.tensors] == ["p0", "p1"]
     assert gathered == ["p0", "p1", "p2"]
+
+
+@pytest.mark.parametrize(("lent", "dtype", "shared"), [(False, "float32", False), (True, "float32", True), (True, "bfloat16", False)])
+def test_a_bucket_shares_memory_with_the_parameters_only_where_it_is_lent_and_nothing_is_cast(lent: bool, dtype: str, shared: bool) -> None:
+    parameter = torch.arange(6.0)
+
+    (bucket,) = make_buckets([("p", parameter)], EMPTY, dtype, lent=lent)
+
+    before = bucket.tensors["p"].copy()
+    parameter += 1
+    assert (bucket.tensors["p"] != before).any() == shared
+    assert not bucket.tensors["p"].flags.writeable
+
+
+def test_a_lent_bucket_still_copies_what_is_gathered_from_several_ranks() -> None:
+    parameter = torch.arange(6.0)
+    parameter.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's mark of a partitioned parameter
+
+    (bucket,) = make_buckets([("p", parameter)], EMPTY, "float32", lent=True)
+
+    parameter.zero_()
+    assert bucket.tensors["p"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import async_rlhf.weight_group as module
 from async_rlhf.errors import TransferError
-from async_rlhf.types import TensorSpec
-from async_rlhf.weight_group import Meeting, WeightGroup, lots, receive, send, tensor_checksum
+from async_rlhf.types import Meeting, TensorSpec
+from async_rlhf.weight_group import WeightGroup, lots, receive, send, tensor_checksum
 
 CPU = torch.device("cpu")
 LONG_S = 60.0

@@ -1,0 +1,56 @@
+"""When the journal of a queue is on the disk. It is synced in another thread: meanwhile the queue answers everybody else."""
+
+import asyncio
+
+from async_rlhf.history import History
+from async_rlhf.journal import Journal
+
+
+class Durability:
+    """Syncs a history's journal now and then, and when somebody must know."""
+
+    def __init__(self, history: History, journal: Journal, every_s: float) -> None:
+        self._history = history
+        self._journal = journal
+        self._every_s = every_s
+        self._num_durable = 0
+        """Decisions that are known to be on the disk."""
+        self._task: asyncio.Task[None] | None = None
+        self.still = asyncio.Lock()
+        """Held while the other thread works: whoever ends a segment, or takes decisions back, waits for it."""
+
+    def keep_going(self) -> None:
+        """Sync every `every_s` seconds from now on; raises what ended that."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+        self._task = self._task or asyncio.create_task(self._sync_for_ever())
+
+    def stop(self) -> None:
+        """No longer."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def decision(self, update: int) -> None:
+        """Wait until batch `update`'s decision is on the disk.
+
+        Raises:
+            JournalError: the storage failed.
+        """
+        if update >= self._num_durable:
+            await self._sync()
+
+    def undo(self, update: int) -> None:
+        """The decisions from `update` on were taken back. With `still` held."""
+        self._num_durable = min(self._num_durable, update)
+
+    async def _sync(self) -> None:
+        async with self.still:
+            self._history.flush()
+            num_decided = self._history.ledger.decided
+            await asyncio.to_thread(self._journal.sync)
+            self._num_durable = max(self._num_durable, num_decided)
+
+    async def _sync_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            await self._sync()

@@ -1,0 +1,50 @@
+"""Processor seconds of the crew's processes: what they take of the cores, whoever else wants them."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import psutil
+import ray
+
+from actors.remote import RemoteActor
+
+Seconds = Mapping[str, Mapping[str, float]]
+"""Part of the crew -> process -> seconds since it began."""
+
+DRIVER = "driver"
+
+
+class ProcessorTime:
+    """Reads them, on this node."""
+
+    def __init__(self) -> None:
+        self._processes: dict[tuple[int, float], psutil.Process] = {}
+        self._node_id = ray.get_runtime_context().get_node_id()
+
+    def read(self, crew: Mapping[str, Sequence[RemoteActor]]) -> Seconds:
+        """Of each part of the crew whose actors are all on this node, and of this process. The dead are left out."""
+        parts = {part: actors for part, actors in crew.items() if all(self._is_here(actor) for actor in actors)}
+        found = {part: {actor.name: self._seconds(actor) for actor in actors} for part, actors in parts.items()}
+        own = psutil.Process().cpu_times()
+        living = {part: {name: seconds for name, seconds in of_part.items() if seconds is not None} for part, of_part in found.items()}
+        return {**living, DRIVER: {DRIVER: own.user + own.system}}
+
+    def _is_here(self, actor: RemoteActor) -> bool:
+        return actor.process is not None and actor.process.node_id == self._node_id
+
+    def _seconds(self, actor: RemoteActor) -> float | None:
+        assert actor.process is not None, "only processes of this node are read"
+        key = actor.process.pid, actor.process.started_at
+        with suppress(psutil.Error):
+            process = self._processes.setdefault(key, psutil.Process(actor.process.pid))
+            if process.create_time() == actor.process.started_at:
+                times = process.cpu_times()
+                return times.user + times.system
+        return None
+
+
+def spent(before: Seconds, after: Seconds, part: str) -> float | None:
+    """Seconds between two readings, of the processes that both know; None: there are none."""
+    old, new = before.get(part, {}), after.get(part, {})
+    both = old.keys() & new.keys()
+    return sum(max(0.0, new[name] - old[name]) for name in both) if both else None
