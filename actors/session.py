@@ -34,8 +34,10 @@ def open_session() -> Path | None:
     if address := os.environ.get("RAY_ADDRESS"):
         _check_head(address)
         return None
-    # Ray's head keeps the story of its last 100,000 calls, 2 KB each, for its task list: 60 MiB per 1,000 updates until then.
+    # Ray's head keeps the story of its last 100,000 calls, 2 KB each, for its task list (60 MiB per 1,000 updates until then), and the
+    # names of a million that it has forgotten.
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "5000")
+    os.environ.setdefault("RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs", "5000")
     folder = make_session_folder()
     token = folder / "token"
     token.touch(mode=0o600)

@@ -1,6 +1,7 @@
 """Before Ray is imported: which Ray a run belongs to."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +24,19 @@ def test_a_head_that_is_not_there_is_an_error_and_no_silence(address: str, monke
     monkeypatch.setenv("RAY_ADDRESS", address.format(free=free))
     with pytest.raises(RunError, match=r"no Ray head answers at RAY_ADDRESS=.*is the address right and the cluster up"):
         session.open_session()
+
+
+def test_the_head_of_our_own_ray_remembers_a_bounded_number_of_calls_or_as_many_as_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment = {"RAY_task_events_max_num_task_in_gcs": "7"}
+    monkeypatch.setattr("os.environ", environment)
+
+    assert session.open_session() is not None
+
+    bounds = {name: value for name, value in environment.items() if name.startswith("RAY_task_events_")}
+    assert bounds == {
+        "RAY_task_events_max_num_task_in_gcs": "7",
+        "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "5000",
+    }
