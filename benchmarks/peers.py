@@ -251,7 +251,12 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="TRL's rate with several of its settings, for each case; no comparison")
     arguments = parser.parse_args()
     names = arguments.cases.split(",") if arguments.cases else ["rloo:10m:long", "rloo:1m:fixed"] if arguments.quick else full
-    cases = {name: Case.of(name) for name in names}
+    try:
+        cases = {name: Case.of(name) for name in names}
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be >= 1, got {arguments.rounds}")
     python = trl_python()
     if arguments.tune:
         for case in cases.values():
