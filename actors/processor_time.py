@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import psutil
-import ray
 
-from actors.remote import RemoteActor
+if TYPE_CHECKING:  # a run's accounts, which read these, are opened before Ray may be imported: see session.py
+    from actors.remote import RemoteActor
 
 Seconds = Mapping[str, Mapping[str, float]]
 """Part of the crew -> process -> seconds since it began."""
@@ -18,10 +19,12 @@ class ProcessorTime:
     """Reads them, on this node."""
 
     def __init__(self) -> None:
+        import ray
+
         self._processes: dict[tuple[int, float], psutil.Process] = {}
         self._node_id = ray.get_runtime_context().get_node_id()
 
-    def read(self, crew: Mapping[str, Sequence[RemoteActor]]) -> Seconds:
+    def read(self, crew: Mapping[str, "Sequence[RemoteActor]"]) -> Seconds:
         """Of each part of the crew whose actors are all on this node, and of this process. The dead are left out."""
         parts = {part: actors for part, actors in crew.items() if all(self._is_here(actor) for actor in actors)}
         found = {part: {actor.name: self._seconds(actor) for actor in actors} for part, actors in parts.items()}
@@ -29,10 +32,10 @@ class ProcessorTime:
         living = {part: {name: seconds for name, seconds in of_part.items() if seconds is not None} for part, of_part in found.items()}
         return {**living, DRIVER: {DRIVER: own.user + own.system}}
 
-    def _is_here(self, actor: RemoteActor) -> bool:
+    def _is_here(self, actor: "RemoteActor") -> bool:
         return actor.process is not None and actor.process.node_id == self._node_id
 
-    def _seconds(self, actor: RemoteActor) -> float | None:
+    def _seconds(self, actor: "RemoteActor") -> float | None:
         assert actor.process is not None, "only processes of this node are read"
         key = actor.process.pid, actor.process.started_at
         with suppress(psutil.Error):

@@ -25,7 +25,7 @@ from tests.support.chaos import DOUBLE_FAULTS, FAULTS, ChaosResult, FaultResult,
 
 UPDATES_PER_FAULT = 25
 """A run is this much longer for each fault: most of them do not stop it from training."""
-QUICK_FAULTS = 4
+QUICK_FAULTS = 3
 DOUBLE_SHARE = 0.2
 """Of the faults kill two parts at once."""
 COUNTS = ("lost", "duplicated", "hangs", "bound_violations", "orphans")

@@ -51,6 +51,7 @@ def make_model(folder: Path, size: str, lengths: str) -> Path:
     end-of-sequence token reads that channel alone, which makes its probability the wanted one after any text.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from async_rlhf.config.schema import ModelConfig
     from async_rlhf.tasks.base import Vocabulary
@@ -59,6 +60,7 @@ def make_model(folder: Path, size: str, lengths: str) -> Path:
     target = folder / f"{size}-{lengths}"
     if target.is_dir():
         return target
+    disable_progress_bar()
     shape, wanted = SIZES[size], LENGTHS[lengths].end_probability
     tokenizer = build_tokenizer(Vocabulary(tokens=words(), separator=" "))
     config = ModelConfig(hidden_size=shape.hidden, num_layers=shape.layers, num_heads=shape.heads, intermediate_size=shape.intermediate)

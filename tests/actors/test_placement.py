@@ -66,48 +66,37 @@ async def moved_in(cluster: Cluster, *specs: ActorSpec) -> list[RemoteActor]:
     return guests
 
 
-def test_one_more_has_room_beside_the_others_and_who_leaves_gives_it_to_the_next(cluster: Cluster) -> None:
-    async def story() -> None:
-        specs = [guest("first", 1.0), guest("second", 2.0), guest("third", 1.0)]
-        await cluster.reserve(specs[:1])
-        await cluster.reserve_more(specs[1], 30)
-        first, second = await moved_in(cluster, *specs[:2])
+def test_shares_of_one_gpu_are_reserved_one_by_one_and_who_leaves_gives_room_to_the_next(cluster: Cluster) -> None:
+    """The parts of cluster=one_gpu, the scorer as one that joins: together they are the whole GPU."""
 
-        with pytest.raises(NoRoomError, match=r"no room for third within 0\.2 s: it takes 1 third x 1 CPU, free are 0 CPU and 1 GPU"):
-            await cluster.reserve_more(specs[2], 0.2)
-
-        cluster.release("second")
-        with pytest.raises(ActorLostError):
-            await second.call("gpus", timeout_s=30)
-        cluster.release("nobody")
-        await cluster.reserve_more(specs[2], 30)
-        (third,) = await moved_in(cluster, specs[2])
-        for one in (first, third):
-            assert await one.call("gpus", timeout_s=30) == ([], "")
-
-    run(story())
-
-
-def test_generator_rank_and_scorer_share_one_gpu_and_a_share_more_than_there_is_finds_no_room(cluster: Cluster) -> None:
     async def story() -> None:
         config = small_config("cluster=one_gpu")
-        assert sum(demand.num_gpus for demand in demands_of(config)) == 1.0
+        assert sum(demand.num_gpus for demand in demands_of(config)) == HEAD["GPU"]
         parts = {"generator": config.generator, "learner": config.learner, "scorer": config.scorer}
-        specs = [guest(name, part.num_cpus, part.num_gpus) for name, part in parts.items()]
+        *first, scorer = (guest(name, part.num_cpus, part.num_gpus) for name, part in parts.items())
+        another = guest("another", 1.0, 0.25)
 
-        await cluster.reserve(specs)
-        for one in await moved_in(cluster, *specs):
-            assert await one.call("gpus", timeout_s=30) == ([0], "0")
-        with pytest.raises(NoRoomError, match=r"it takes 1 share x 0\.25 GPU, free are \S+ CPU and 0 GPU"):
-            await cluster.reserve_more(guest("share", 0.0, 0.25), 0.2)
+        await cluster.reserve(first)
+        await cluster.reserve_more(scorer, 30)
+        actors = await moved_in(cluster, *first, scorer)
+        for actor in actors:
+            assert await actor.call("gpus", timeout_s=30) == ([0], "0")
+        with pytest.raises(NoRoomError, match=r"another within 0\.2 s: it takes 1 another x 1 CPU and 0\.25 GPU, free are 0 CPU and 0 GPU"):
+            await cluster.reserve_more(another, 0.2)
+
         cluster.release("scorer")
-        await cluster.reserve_more(guest("share", 0.0, 0.25), 30)
+        cluster.release("nobody")
+        await cluster.reserve_more(another, 30)
+        with pytest.raises(ActorLostError):
+            await actors[2].call("gpus", timeout_s=30)
+        assert await actors[0].call("gpus", timeout_s=30) == ([0], "0")
         with pytest.raises(ConfigError, match=r"3 halfs x 0\.5 GPU.*: its nodes have room for 2 of the 3 halfs"):
             await cluster.reserve([guest(f"half-{number}", 0.0, 0.5) for number in range(3)])
 
     run(story())
 
 
+@pytest.mark.long
 def test_what_is_too_large_today_is_refused_unless_nodes_come_on_demand(
     cluster: Cluster, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,14 @@ def test_the_driver_of_a_run_starts_without_torch_or_any_engine() -> None:
     assert done.stdout.split() == []
 
 
+def test_nothing_that_a_driver_imports_before_it_opens_its_session_imports_ray() -> None:
+    """Ray reads its authentication settings when it is imported: the token of the run's own Ray must be there by then."""
+    before = "async_rlhf.commands.drive, async_rlhf.commands.train, async_rlhf.commands.resume, actors.accounts, actors.session"
+    code = f"import sys, {before}\nprint('ray' in sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False"]
+
+
 # Caps
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.peers_trl import exact, score
 
@@ -62,6 +64,14 @@ def test_every_setting_tried_for_trl_makes_whole_passes_of_whole_groups(peers: M
         passes, rest = divmod(peers.COMPLETIONS // setting["processes"], setting["microbatch"])
         assert rest == 0 and passes % setting["steps_per_generation"] == 0
         assert setting["microbatch"] * setting["steps_per_generation"] % 4 == 0
+
+
+def test_the_models_head_ends_any_text_with_the_wanted_probability(peers: ModuleType, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(peers.make_model(tmp_path, "1m", "long"))
+    texts = torch.randint(3, model.config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        probabilities = model(input_ids=texts).logits.softmax(-1)[..., model.config.eos_token_id]
+    torch.testing.assert_close(probabilities, torch.full_like(probabilities, 1 / 32), rtol=0.02, atol=0.0)
 
 
 def test_rewards_of_the_two_sides_are_one_function() -> None:

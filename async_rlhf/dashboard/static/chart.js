@@ -123,10 +123,10 @@ function axes(plot) {
   return [
     ...plot.ticks.flatMap((tick) => {
       const y = plot.y(tick / plot.factor);
-      return [svg("line", { class: "grid", x1: LEFT, x2: right, y1: y, y2: y }), svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, compact(tick))];
+      return [svg("line", { class: "grid", x1: LEFT, x2: right, y1: y, y2: y }), svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, compact(tick, plot.ticks))];
     }),
     svg("line", { class: "axis", x1: LEFT, x2: right, y1: bottom, y2: bottom }),
-    ...plot.marks.map((mark) => svg("text", { x: plot.x(mark), y: HEIGHT - BOTTOM + 15, "text-anchor": plot.x(mark) > right - 12 ? "end" : "middle" }, compact(mark))),
+    ...plot.marks.map((mark) => svg("text", { x: plot.x(mark), y: HEIGHT - BOTTOM + 15, "text-anchor": plot.x(mark) > right - 12 ? "end" : "middle" }, compact(mark, plot.marks))),
     svg("text", { class: "y-label", x: 0, y: 12 }, plot.label),
     svg("text", { class: "x-label", x: right, y: HEIGHT - 5, "text-anchor": "end" }, "policy version (updates)"),
     plot.bound === null ? null : level(plot.bound),
@@ -134,7 +134,9 @@ function axes(plot) {
   ];
 }
 
-const compact = (value) => (Math.abs(value) >= 10000 ? `${num(value / 1000)}k` : Number.isInteger(value) ? whole(value) : String(Number(value.toPrecision(4))));
+/** In thousands where any value of its axis is long. */
+const compact = (value, all) => (value && Math.max(...all.map(Math.abs)) >= 10000 ? `${short(value / 1000)}k` : Number.isInteger(value) ? whole(value) : short(value));
+const short = (value) => String(Number(value.toPrecision(4)));
 
 function lines(series, plot) {
   const colour = `var(--${series.colour})`, found = [];
