@@ -156,7 +156,7 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
     latest: deque[RolloutGroup] = deque(maxlen=config.batch_groups)
     given, began, before = False, 0.0, generator.usage()
     while True:
-        _, groups = generator.collect(0.0, 5.0)
+        _, groups = generator.collect(False, 5.0)
         latest.extend(groups)
         if not given and len(latest) == config.batch_groups and issued > config.batch_groups + 2 * config.groups_inflight:
             end.send(list(latest))
