@@ -8,6 +8,7 @@ while the other core is as busy as a run keeps it, and none waits for another.
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 import zlib
 from collections import deque
@@ -144,14 +145,18 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
         issued += count
         generator.submit(tickets)
 
+    def feed() -> None:
+        while True:
+            if room := generator.room(5.0):
+                submit(room)
+
     end.send("ready")
     end.recv()
-    submit(config.groups_inflight)
+    threading.Thread(target=feed, daemon=True).start()
     latest: deque[RolloutGroup] = deque(maxlen=config.batch_groups)
     given, began, before = False, 0.0, generator.usage()
     while True:
         _, groups = generator.collect(0.0, 5.0)
-        submit(len(groups))
         latest.extend(groups)
         if not given and len(latest) == config.batch_groups and issued > config.batch_groups + 2 * config.groups_inflight:
             end.send(list(latest))
