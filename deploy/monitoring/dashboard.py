@@ -23,6 +23,10 @@ OMITTED = {
     "supervision_restarts": "restarts by part are shown",
     "weights_canary_error_nats": "an install beyond the tolerance ends its generator: it would show as a restart",
     "generate_groups_per_s": "tokens per second are shown",
+    "generate_work_s": "the generators' processor seconds are shown",
+    "generate_step_fixed_s": "for `async-rlhf plan`",
+    "generate_step_completion_s": "likewise",
+    "generate_step_prompt_s": "likewise",
     "policy_clip_share": "of some algorithms only; in TensorBoard",
     "policy_kl_k1_nats": "rollout_kl_k1_nats and policy_kl_k3_nats are shown",
     "reward_batch_std": "of one algorithm's interest; in TensorBoard",
@@ -144,6 +148,12 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 unit="s",
             ),
             Panel("Install, by generator", ((by("generator", "generator_install_s"), "{{generator}}"),), unit="s"),
+            Panel(
+                "Processor seconds per update, on the driver's node",
+                several("generate_cpu_s", "score_cpu_s", "reward_cpu_s", "train_cpu_s", "queue_cpu_s", "time_driver_cpu_s"),
+                unit="s",
+                stacked=True,
+            ),
         ),
     ),
 )

@@ -198,7 +198,7 @@ def test_opponent_that_answered_other_prompts_altogether_is_refused() -> None:
 
 
 def test_opponent_that_cannot_be_sampled_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"exit code 2.*does not exist"):
+    with pytest.raises(RunError, match=r"exit code 2.*is no folder"):
         ask_model(tmp_path / "nobody", load_config().config)
 
 
