@@ -176,7 +176,9 @@ def report(run: Folder) -> None:
 
 @app.command()
 def plan(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[RUN] [CONF.yaml ...] [key=value ...]", help="A run to measure.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN ...] [CONF.yaml ...] [key=value ...]", help="A run to measure; several: their mean.")
+    ] = None,
     rates: Annotated[Path | None, typer.Option(help="YAML file of rates instead of measured ones.")] = None,
     generators: Annotated[str, typer.Option(help="Numbers to compare, for instance 1,2,4; default: 1, 2 and 4 times the config's.")] = "",
     ranks: Annotated[str, typer.Option(help="Likewise; default: the config's.")] = "",

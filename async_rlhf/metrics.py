@@ -141,7 +141,7 @@ METRICS: Mapping[str, Metric] = {
     "reward/cpu_s": Metric("mean", "the same of the reward actors"),
     "train/cpu_s": Metric("mean", "the same of the learner ranks"),
     "queue/cpu_s": Metric("mean", "the same of the queue"),
-    "time/driver_cpu_s": Metric("mean", "the same of the driver and the broadcaster"),
+    "time/driver_cpu_s": Metric("mean", "the same of the driver, the broadcaster, and the processes of the run's own Ray"),
     "score/groups_per_s": Metric("mean", "groups scored per second, all scorers"),
     "score/idle_share": Metric("mean", "share of the scorers' time since the last update in which nobody had called them"),
     "score/latency_s": Metric("mean", "seconds per call of a scorer for training, as the driver sees it; absent where none ended"),

@@ -1,4 +1,4 @@
-"""`async-rlhf plan`: what other numbers of generators and ranks would do, from a run's own rates or from given ones."""
+"""`async-rlhf plan`: what other numbers of generators and ranks would do, from the rates of runs or from given ones."""
 
 import json
 import math
@@ -65,8 +65,8 @@ def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
     """
     from async_rlhf.planning.plans import compare, recommend
 
-    run, config = _inputs(words)
-    basis, rows = _basis(run, config, wishes)
+    runs, config = _inputs(words)
+    basis, rows = _basis(runs, config, wishes)
     if wishes.gpus and wishes.cores:
         raise ConfigError("--gpus and --cores both give the budget; choose one")
     best = None
@@ -80,7 +80,7 @@ def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
             ranks=_numbers("--ranks", wishes.ranks) or [config.learner.num_ranks],
             bounds=_numbers("--bounds", wishes.bounds, least=0) or [config.max_staleness],
         )
-    for text in assumptions(run, config, wishes):
+    for text in assumptions(runs[0] if runs else None, config, wishes):
         say(console, f"warning: {text}", style="yellow")
     console.print(_table(plans, best, scorers_known=basis.rates.score_call_s + basis.rates.score_token_s > 0))
     _show(console, plans, best, stage_times(rows, window=len(rows)))
@@ -93,39 +93,39 @@ def run_plan(words: Sequence[str], wishes: Wishes, console: Console) -> None:
         say(console, f"plot: {wishes.plot}")
 
 
-def _inputs(words: Sequence[str]) -> tuple[Path | None, Config]:
-    folders = [Path(word) for word in words if "=" not in word and Path(word).is_dir()]
-    if len(folders) > 1:
-        raise ConfigError(f"one run at a time can be planned from, got {', '.join(map(str, folders))}")
-    run = folders[0] if folders else None
-    if run is not None and not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.yaml; give the folder that `train` printed")
-    files, overrides = split_arguments([word for word in words if run is None or Path(word) != run])
-    return run, load_config([*([run / "config.yaml"] if run else []), *files], overrides).config
+def _inputs(words: Sequence[str]) -> tuple[list[Path], Config]:
+    """The runs, and the first one's config with what was said besides."""
+    runs = [Path(word) for word in words if "=" not in word and Path(word).is_dir()]
+    for run in runs:
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{run} is no run folder: it has no config.yaml; give the folder that `train` printed")
+    files, overrides = split_arguments([word for word in words if Path(word) not in runs])
+    return runs, load_config([*(run / "config.yaml" for run in runs[:1]), *files], overrides).config
 
 
-def _basis(run: Path | None, config: Config, wishes: Wishes) -> "tuple[Basis, Sequence[Mapping[str, float]]]":
-    """Rates and lengths, given ones before measured ones; and the run's rows."""
+def _basis(runs: Sequence[Path], config: Config, wishes: Wishes) -> "tuple[Basis, Sequence[Mapping[str, float]]]":
+    """Rates (of several runs their mean) and lengths, given ones before measured ones; and the first run's rows."""
     from async_rlhf.planning.lengths import lognormal_lengths, measured_lengths
     from async_rlhf.planning.model import calibrated_rates
     from async_rlhf.planning.plans import Basis
-    from async_rlhf.planning.rates import read_rates
+    from async_rlhf.planning.rates import averaged, read_rates
 
-    if run is None and wishes.rates is None:
+    if not runs and wishes.rates is None:
         raise ConfigError("nothing to plan from: give a run folder, or rates (--rates FILE.yaml) with --median-tokens")
+    configs = [load_config([run / "config.yaml"]).config for run in runs]
     if wishes.median_tokens:
         lengths = lognormal_lengths(median=wishes.median_tokens, sigma=wishes.sigma, prompt_tokens=wishes.prompt_tokens, config=config)
-    elif run is None:
+    elif not runs:
         raise ConfigError("without a run the lengths of completions are not known; give --median-tokens (and --sigma, --prompt-tokens)")
     else:
-        lengths = measured_lengths(run, load_config([run / "config.yaml"]).config)
-    rows, num_cores = rows_of_config(run) if run is not None else [], wishes.shared_cores or math.inf
+        lengths = measured_lengths(runs[0], configs[0])
+    rows, num_cores = [rows_of_config(run) for run in runs], wishes.shared_cores or math.inf
     if wishes.rates is not None:
-        return Basis(config=config, rates=read_rates(wishes.rates), lengths=lengths, num_cores=num_cores), rows
-    assert run is not None
-    own = load_config([run / "config.yaml"]).config
-    rates = calibrated_rates(rows, own, measured_lengths(run, own), num_cores)
-    return Basis(config=config, rates=rates, lengths=lengths, num_cores=num_cores), rows
+        rates = read_rates(wishes.rates)
+    else:
+        measured = zip(runs, configs, rows, strict=True)
+        rates = averaged([calibrated_rates(own_rows, own, measured_lengths(run, own), num_cores) for run, own, own_rows in measured])
+    return Basis(config=config, rates=rates, lengths=lengths, num_cores=num_cores), rows[0] if rows else []
 
 
 def assumptions(run: Path | None, config: Config, wishes: Wishes) -> list[str]:

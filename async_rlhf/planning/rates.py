@@ -251,6 +251,12 @@ def _raters(spans: Sequence[tuple[float, Row]], pool: str, count: int, group_tok
     return 0.0, sum(at_work_s(*span) for span in rows) / (groups * group_tokens)
 
 
+def averaged(rates: Sequence[Rates]) -> Rates:
+    """The mean of each rate."""
+    names = [item.name for item in dataclasses.fields(Rates)]
+    return Rates(**{name: float(np.mean([getattr(each, name) for each in rates])) for name in names})
+
+
 def as_mapping(rates: Rates) -> Mapping[str, float]:
     """For JSON, and for a file that read_rates takes."""
     return dataclasses.asdict(rates)

@@ -620,6 +620,20 @@ def test_nothing_is_assumed_of_a_run_that_had_gpus(tmp_path: Path):
     assert assumptions(folder, config, Wishes(gpus=4)) == []
 
 
+def test_of_several_runs_the_rates_are_their_mean(tmp_path: Path):
+    folders = [str(plan_run(tmp_path / name)) for name in ("first", "second")]
+    rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
+    slower = [{**row, "generate/step_fixed_s": 3 * row["generate/step_fixed_s"]} for row in rows]
+    (tmp_path / "second" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slower))
+
+    found: list[float] = []
+    for words in (folders[:1], folders):
+        run_plan(words, Wishes(json=tmp_path / "plans.json"), Console(file=io.StringIO()))
+        found.append(json.loads((tmp_path / "plans.json").read_text())["rates"]["engine_step_s"])
+
+    assert found[1] == pytest.approx(2 * found[0])
+
+
 def test_given_rates_and_a_budget_are_enough_for_a_recommendation(tmp_path: Path):
     out = io.StringIO()
     (tmp_path / "rates.yaml").write_text("engine_step_s: 0.01\nengine_completion_s: 1.0e-4\ntrain_token_s: 1.0e-3\n")
@@ -636,7 +650,7 @@ def test_given_rates_and_a_budget_are_enough_for_a_recommendation(tmp_path: Path
         ([], Wishes(rates=Path("r.yaml")), "give --median-tokens"),
         ([], Wishes(rates=Path("missing.yaml"), median_tokens=5), "cannot be read"),
         (["."], Wishes(), "is no run folder"),
-        ([".", ".."], Wishes(), "one run at a time"),
+        ([".", ".."], Wishes(), "is no run folder"),
         (["no-such-run"], Wishes(), "config file not found"),
     ],
 )

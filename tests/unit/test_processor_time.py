@@ -1,6 +1,8 @@
 """Processor seconds of a crew, read from this very process."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -30,6 +32,17 @@ def test_processes_of_this_node_are_read_and_so_is_this_one(processor: Processor
     found = processor.read({"generate": [actor("generator")]})
 
     assert 0 < found["generate"]["generator"] <= found[DRIVER][DRIVER]
+
+
+def test_what_this_process_started_itself_is_its_own_ray_until_it_is_gone(monkeypatch: pytest.MonkeyPatch):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+        processor = ProcessorTime()
+        living = processor.read({})
+        child.communicate(b"\n")
+
+    assert f"ray {child.pid}" in living[DRIVER] and DRIVER in living[DRIVER]
+    assert f"ray {child.pid}" not in processor.read({})[DRIVER]
 
 
 def test_of_a_part_that_is_not_all_on_this_node_nothing_is_said(processor: ProcessorTime):
