@@ -44,6 +44,7 @@ class Durability:
         self._num_durable = min(self._num_durable, update)
 
     async def _sync(self) -> None:
+        """Not to be cancelled: the thread would go on without the lock."""
         async with self.still:
             self._history.flush()
             num_decided = self._history.ledger.decided

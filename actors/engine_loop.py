@@ -58,6 +58,12 @@ class _Wait:
             self.future.set_result(answer)
         return self.future.done()
 
+    def failed_with(self, asked: "Future[Any]") -> None:
+        """Who waits learns of the error that kept the loop from asking at all."""
+        error = asked.exception()
+        if error is not None and not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
 
 @dataclass(slots=True)
 class _Command:
@@ -98,6 +104,11 @@ class EngineLoop:
         """What ended the loop, if anything did."""
         return self._failure
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called: nothing more will be finished."""
+        return self._closed
+
     def call(self, run: Callable[[Engine], T], *, when_idle: bool = False) -> "Future[T]":
         """Run `run(engine)` between two steps; later commands wait for it.
 
@@ -120,7 +131,8 @@ class EngineLoop:
             EngineError: the loop has ended.
         """
         wait = _Wait(ready, Future())
-        self.call(lambda engine: wait.over(engine) or self._waits.append(wait))
+        asked = self.call(lambda engine: wait.over(engine) or self._waits.append(wait))
+        asked.add_done_callback(wait.failed_with)
         return wait.future
 
     def close(self) -> None:
@@ -190,7 +202,10 @@ class EngineLoop:
             waiting_s=usage.waiting_s + occupancy.num_waiting * step_s,
             kv_use_s=usage.kv_use_s + occupancy.kv_use_share * step_s,
             work_s=usage.work_s + work_s,
-            steps=usage.steps.with_step(before.num_running + num_joined, num_joined, work_s),
+            # Without completions it only hands out what a command left.
+            steps=usage.steps.with_step(before.num_running + num_joined, num_joined, work_s)
+            if before.num_running + num_joined
+            else usage.steps,
             occupancy=occupancy,
         )
         for request_id, completions in finished:
@@ -202,5 +217,5 @@ class EngineLoop:
             waiting, self._commands = [command.future for command in self._commands], deque()
             self._changed.notify_all()
         for future in (*waiting, *(wait.future for wait in self._waits)):
-            if future.set_running_or_notify_cancel():
+            if not future.done() and future.set_running_or_notify_cancel():
                 future.set_exception(EngineError(reason))

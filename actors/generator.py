@@ -206,6 +206,8 @@ class Generator:
         failure = self._loop.failure
         if failure is not None:
             raise EngineError(f"{self._incarnation}: the engine failed: {failure!r}") from failure
+        if self._loop.closed:
+            raise EngineError(f"{self._incarnation}: the engine is closed")
 
 
 def _seed_of(prompt: Prompt) -> int:

@@ -23,7 +23,6 @@ class ProcessorTime:
     def __init__(self) -> None:
         import ray
 
-        self._processes: dict[tuple[int, float], psutil.Process] = {}
         self._node_id = ray.get_runtime_context().get_node_id()
         self._rays_own = list(_rays_own())
 
@@ -41,9 +40,8 @@ class ProcessorTime:
 
     def _seconds(self, actor: "RemoteActor") -> float | None:
         assert actor.process is not None, "only processes of this node are read"
-        key = actor.process.pid, actor.process.started_at
         with suppress(psutil.Error):
-            process = self._processes.setdefault(key, psutil.Process(actor.process.pid))
+            process = psutil.Process(actor.process.pid)  # anew: it remembers when it began, and its number may have gone to another
             if process.create_time() == actor.process.started_at:
                 return _spent_s(process)
         return None

@@ -1,8 +1,8 @@
 """The replay queue: waiting and waking around a ReplayBuffer and its history.
 
-One event loop, so no locks: each method runs to its first await alone. Every wait has a deadline of its own on this side:
-a caller that died, or gave up, swallows nothing. Whatever a call changed is in the journal before its caller learns of it, so the
-queue may die at any moment: the next one goes on where it stopped, and every call may simply be made again.
+One event loop: each method runs to its first await alone, and the one lock is held while another thread syncs the journal. Every wait
+has a deadline of its own on this side: a caller that died, or gave up, swallows nothing. Whatever a call changed is in the journal before
+its caller learns of it, so the queue may die at any moment: the next one goes on where it stopped, and every call may simply be made again.
 """
 
 import asyncio
@@ -170,10 +170,10 @@ class ReplayQueue:
                     self._buffer.fail(fact.tickets, fact.reason)
                 case Undone():
                     self._revoked |= self._installed.keys()
-                    self._shards = (-1, ())
                     async with self._durability.still:
                         self._history.annul(fact.version, fact.newest_faithful)
                         self._durability.undo(fact.version)
+                        self._shards = (-1, ())  # no earlier: a rank may take the old batch while this waits
             self._history.flush()
             self._changed.notify_all()
         return self._buffer.counters

@@ -71,7 +71,7 @@ def check_up(runs: Path) -> Iterator[Check]:
         runs: where run folders will be.
     """
     yield check_python(sys.version_info[:2])
-    yield from check_packages(requires("async-rlhf") or [])
+    yield from check_packages(_wanted())
     yield check_memory(psutil.virtual_memory().total / GIB, os.cpu_count() or 1)
     yield check_shared_memory(Path("/dev/shm"))
     yield check_disk(runs)
@@ -79,6 +79,14 @@ def check_up(runs: Path) -> Iterator[Check]:
     yield check_host(socket.gethostname())
     with ThreadPoolExecutor(2) as pool:
         yield from pool.map(check_working, WORKING)
+
+
+def _wanted() -> Sequence[str]:
+    """What this package asks for; nothing is known of that in a checkout that was never installed."""
+    try:
+        return requires("async-rlhf") or []
+    except PackageNotFoundError:
+        return []
 
 
 def check_python(found: tuple[int, int]) -> Check:
@@ -95,7 +103,7 @@ def check_packages(wanted: Sequence[str]) -> Iterator[Check]:
     """
     wrong = 0
     for requirement in map(Requirement, wanted):
-        of_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        of_extra = requirement.marker is not None and "extra" in str(requirement.marker)
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
@@ -104,8 +112,15 @@ def check_packages(wanted: Sequence[str]) -> Iterator[Check]:
             continue
         wrong += 1
         asked = f"asked: {requirement.name}{requirement.specifier}"
-        yield Check(requirement.name, Verdict.BAD, f"{found or 'not installed'}, {asked}", "install what belongs together: make setup")
-    if not wrong:
+        yield Check(
+            requirement.name,
+            Verdict.DOUBTFUL if of_extra else Verdict.BAD,
+            f"{found or 'not installed'}, {asked}",
+            "install what belongs together: make setup",
+        )
+    if not wanted:
+        yield Check("packages", Verdict.DOUBTFUL, "this checkout was never installed: nobody said what it needs", "make setup")
+    elif not wrong:
         yield Check("packages", Verdict.GOOD, f"{len(wanted)} requirements are met")
 
 

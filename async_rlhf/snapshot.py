@@ -38,7 +38,7 @@ def make_snapshot(
 def make_buckets(
     parameters: Iterable[tuple[str, Tensor]], empty: WeightsManifest, dtype: str, *, lent: bool = False
 ) -> Iterator[WeightsVersion]:
-    """Copy parameters, cast for the generators, into immutable buckets of at most BUCKET_BYTES; they share no memory with them.
+    """Parameters, cast for the generators, in immutable buckets of at most BUCKET_BYTES; not `lent`, they share no memory with them.
 
     Each bucket is a part of the version with a manifest of its own: forget it before asking for the next, and no more than one is in
     memory. There is at least one.

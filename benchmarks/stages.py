@@ -23,7 +23,7 @@ from async_rlhf.config import Config, load_config
 WARM_UP = 1
 """Steps that are not counted."""
 STANDING_IN = tuple(f"w{number}" for number in range(41))
-"""Words that no text has: a policy of random weights says each token about as often, so its end comes once in a thousand."""
+"""Words that no text has: a policy of random weights says each token about as often, so its end comes once in 64."""
 
 
 def score(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[str]) -> list[float]:
@@ -58,7 +58,7 @@ class StageTimes:
 
 
 def make_start(folder: Path, *, hidden_size: int = 128, num_layers: int = 4) -> Path:
-    """A policy of random weights that hardly ever ends a completion by itself, so that every completion has the length of the limit."""
+    """A policy of random weights: completions end by chance, after 64 tokens in the mean, or at the limit."""
     from async_rlhf.config.schema import ModelConfig
     from async_rlhf.tasks.arithmetic import VOCABULARY
     from async_rlhf.tasks.start import build_policy, build_tokenizer
@@ -176,7 +176,7 @@ def _tokens_done(generator: Any, before: Any) -> int:
 
 
 def _learn(end: Connection, settings: Sequence[str], folder: str, core: int) -> None:
-    """Score, train and gather one batch again and again; answer with the median seconds of each."""
+    """Score, train and gather one batch again and again; answer with the mean seconds of each."""
     config = _settle(settings, core)
     os.environ["DS_ACCELERATOR"] = "cpu"
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation

@@ -86,7 +86,7 @@ class Learner:
         )
 
     def snapshot(self, version: int, *, lent: bool = False) -> Iterator[WeightsVersion]:
-        """An immutable copy of what the generators get, with canary, in their dtype, bucket by bucket; no bucket on ranks other than 0.
+        """What the generators get, with canary, in their dtype, bucket by bucket: copied, unless lent; no bucket on ranks other than 0.
 
         Args:
             lent: whoever takes a bucket copies it at once; see make_buckets.

@@ -102,7 +102,11 @@ def sample(generator: "Generator", prompts: Sequence[Prompt], temperature: float
     with ThreadPoolExecutor(1) as pool, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("greedy" if not temperature else f"temperature {temperature:g}", total=len(prompts))
         sampling = pool.submit(generator.evaluate, prompts, temperature)
-        while not sampling.done():
-            progress.update(bar, completed=generator.usage().num_completions - before)
-            time.sleep(LOOK_S)
+        try:
+            while not sampling.done():
+                progress.update(bar, completed=generator.usage().num_completions - before)
+                time.sleep(LOOK_S)
+        except BaseException:  # Ctrl-C above all: the pool would wait for the last completion
+            generator.close()
+            raise
         return sampling.result()

@@ -36,6 +36,11 @@ class Cores:
         """Core time spent / work done, so far: 1 where nobody took turns."""
         return self._spent_s / self._worked_s if self._worked_s else 1.0
 
+    @property
+    def _nothing_s(self) -> float:
+        """So little time that the clock, by now, might not move by it."""
+        return max(1e-12, 4 * math.ulp(self._env.now))
+
     def work(self, seconds: float, num: float = 1.0, until: simpy.Event | None = None) -> Work:
         """So many processes work for what would be `seconds` alone.
 
@@ -45,7 +50,7 @@ class Cores:
             What is left of the seconds then; 0 where all were worked.
         """
         self._change(num)
-        while seconds > 1e-12 and not (until is not None and until.processed):
+        while seconds > self._nothing_s and not (until is not None and until.processed):
             speed, began = self.speed, self._env.now
             worked = self._env.timeout(seconds / speed)
             others = [event for event in (self._changed if self._num < math.inf else None, until) if event is not None]
@@ -55,7 +60,7 @@ class Cores:
             self._spent_s += num * worked_s * (1.0 if speed == 1.0 else 1 + SWITCHING)
             seconds = max(0.0, seconds - worked_s)
         self._change(-num)
-        return seconds if seconds > 1e-12 else 0.0
+        return seconds if seconds > self._nothing_s else 0.0
 
     def _change(self, by: float) -> None:
         before = self.speed

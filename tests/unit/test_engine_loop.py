@@ -320,6 +320,32 @@ def test_the_end_of_the_loop_fails_those_who_wait(fails: bool):
             waiting.result(timeout=WAIT_S)
 
 
+def test_who_asks_too_late_learns_of_the_end_too():
+    """The question is still behind the step that fails."""
+    with staged() as stage:
+        stage.add("a")
+        stage.engine.step_error = RuntimeError("out of memory")
+        waiting = stage.loop.when(lambda engine: None)
+        stage.allow(1)
+
+        with pytest.raises(EngineError, match="out of memory"):
+            waiting.result(timeout=WAIT_S)
+
+
+def test_a_question_that_raises_ends_the_loop_and_everybody_learns_of_it():
+    def ask(engine: Any) -> None:
+        raise RuntimeError("no such counter")
+
+    with staged() as stage:
+        others = stage.loop.when(lambda engine: None)
+        stage.note("they wait").result(timeout=WAIT_S)
+        asking = stage.loop.when(ask)
+
+        for future in (asking, others):
+            with pytest.raises((EngineError, RuntimeError), match="no such counter"):
+                future.result(timeout=WAIT_S)
+
+
 class JoiningEngine(PacedEngine):
     """Completions wait until the step that they join."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from async_rlhf.tasks.arithmetic import score as arithmetic_score
 from benchmarks.peers_trl import exact, score
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -76,4 +77,5 @@ def test_the_models_head_ends_any_text_with_the_wanted_probability(peers: Module
 
 def test_rewards_of_the_two_sides_are_one_function() -> None:
     assert score(["p"], ["w1 w2"]) == score(["q"], ["w1 w2"]) != score(["p"], ["w2 w1"])
-    assert exact(["1+1=", "1+2="], ["2", "2"], answer=["2", "3"]) == [1.0, 0.0]
+    asked, said, answers = ["1+1=", "1+2=", "1+3="], ["2", "2", "4 "], ["2", "3", "4"]
+    assert exact(asked, said, answer=answers) == arithmetic_score(asked, said, answer=answers)

@@ -153,6 +153,18 @@ def test_taking_turns_costs_core_time():
         assert (env.now, cores.stretch) == (pytest.approx(end), pytest.approx(stretch))
 
 
+def test_work_ends_however_late_it_is():
+    """A million seconds in, the clock moves in steps of 1e-10 s: a rest below that must not be worked for ever."""
+    env = simpy.Environment(initial_time=1e6)
+    cores = Cores(env, 1)
+    for seconds in (0.1, 1 / 3, 0.7):
+        env.process(cores.work(seconds))
+
+    env.run(until=1e6 + 10)
+
+    assert cores.speed == 1.0 and cores.stretch > 1.0
+
+
 def test_work_that_is_ended_early_says_what_is_left():
     env, left = simpy.Environment(), list[float]()
     cores = Cores(env, 1)
