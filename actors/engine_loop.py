@@ -60,9 +60,8 @@ class _Wait:
 
     def failed_with(self, asked: "Future[Any]") -> None:
         """Who waits learns of the error that kept the loop from asking at all."""
-        error = asked.exception()
-        if error is not None and not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+        if (error := asked.exception()) is not None:
+            _fail(self.future, error)
 
 
 @dataclass(slots=True)
@@ -217,5 +216,10 @@ class EngineLoop:
             waiting, self._commands = [command.future for command in self._commands], deque()
             self._changed.notify_all()
         for future in (*waiting, *(wait.future for wait in self._waits)):
-            if not future.done() and future.set_running_or_notify_cancel():
-                future.set_exception(EngineError(reason))
+            _fail(future, EngineError(reason))
+
+
+def _fail(future: "Future[Any]", error: BaseException) -> None:
+    """Unless nobody waits any more, or it is answered."""
+    if not future.done() and future.set_running_or_notify_cancel():
+        future.set_exception(error)

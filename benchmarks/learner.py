@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bare_loop import BareLoop, collated, make_batch, make_model
-from harness import Goal, command_line, finish, growth, in_turn, ratios, show
+from harness import Goal, Spread, command_line, finish, growth, in_turn, ratios, show
 from head_memory import peak_logits_bytes
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  # public, says its documentation
 
@@ -85,7 +85,7 @@ class Times:
         return self.num_tokens / float(np.median(self.ours)), self.num_tokens / float(np.median(self.other)), str(self.ratio)
 
     @property
-    def ratio(self):
+    def ratio(self) -> Spread:
         """Ours over the other's, in tokens per second."""
         return ratios(self.other, self.ours)
 

@@ -259,5 +259,5 @@ class Config:
 
     @property
     def groups_inflight(self) -> int:
-        """Groups that one generator samples at once: max_inflight // K, at least one."""
+        """Whole groups that one engine has places for: max_inflight // K, at least one. More are in flight where parts of them have ended."""
         return max(1, self.generator.max_inflight // self.completions_per_prompt)
