@@ -259,5 +259,5 @@ class Config:
 
     @property
     def groups_inflight(self) -> int:
-        """Whole groups that one engine has places for: max_inflight // K, at least one. More are in flight where parts of them have ended."""
+        """Whole groups that one engine has places for: max_inflight // K, at least one. More are in flight where parts have ended."""
         return max(1, self.generator.max_inflight // self.completions_per_prompt)
