@@ -3,7 +3,7 @@
 import asyncio
 
 from async_rlhf.history import History
-from async_rlhf.journal import Journal
+from async_rlhf.journal import Journal, Mark
 
 
 class Durability:
@@ -25,11 +25,6 @@ class Durability:
             self._task.result()
         self._task = self._task or asyncio.create_task(self._sync_for_ever())
 
-    def stop(self) -> None:
-        """No longer."""
-        if self._task is not None:
-            self._task.cancel()
-
     async def decision(self, update: int) -> None:
         """Wait until batch `update`'s decision is on the disk.
 
@@ -38,6 +33,18 @@ class Durability:
         """
         if update >= self._num_durable:
             await self._sync()
+
+    async def segment(self) -> Mark:
+        """Begin a segment; returns how far the history goes, all of it on the disk.
+
+        Raises:
+            JournalError: the storage failed.
+        """
+        await self._sync()  # what is left to sync while nobody is answered is little
+        async with self.still:
+            mark = self._history.begin_segment()
+        await self._sync()
+        return mark
 
     def undo(self, update: int) -> None:
         """The decisions from `update` on were taken back. With `still` held."""

@@ -225,8 +225,7 @@ class ReplayQueue:
 
     async def checkpoint(self) -> Mark:
         """Begin a segment; returns how far the history goes, all of it on the disk."""
-        async with self._durability.still:
-            return self._history.begin_segment()
+        return await self._durability.segment()
 
     def _grant(self, holder: str, request: int, max_tickets: int) -> list[Ticket]:
         installed = self._installed[holder]

@@ -15,7 +15,7 @@ from async_rlhf import rollout_table
 from async_rlhf.events import Arrived, Decided, Dropped, Event, Failed, Granted, Trained
 from async_rlhf.journal import Frame
 from async_rlhf.ledger import FAILED, LOST_HISTORY
-from async_rlhf.rollout_table import TRAINED
+from async_rlhf.rollout_parts import TRAINED
 from async_rlhf.tickets import PutOutcome, TicketState
 from async_rlhf.types import Rollout, ScoredGroup
 

@@ -7,8 +7,9 @@ segments before it can go once no kept checkpoint needs their batches: they beco
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,16 @@ from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Arrived, Decided, Event, SessionBegan
 from async_rlhf.journal import Frame, Journal, Mark, Position
+from async_rlhf.journal_frames import segment_path
 from async_rlhf.ledger import Ledger
 from async_rlhf.lineage import annulled
 from async_rlhf.metrics import BatchSummary, summarize
 from async_rlhf.scores import ScoreMoments, moments_from_json, shape_scores
 from async_rlhf.tickets import TicketState
 from async_rlhf.types import Batch, ScoredGroup
+
+_CARRIED_GROUPS = 256
+"""Of one record, when a segment begins: what is in memory twice, here and wherever it is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +70,17 @@ class History:
         self._decisions: dict[int, _Decision] = {}
         self._places: dict[int, _Place] = {}
         self._openings: dict[int, int] = {}
-        """Segment -> batches decided when it began."""
+        """Segment that stands for itself -> batches decided when it began."""
+        self._unbegun: list[Callable[[], object]] = []
+        """What is still to be done before the last segment stands for itself. No event is written before that."""
+        self._eventful = -1
+        """Recovered so far: the last segment with an event in it."""
         self._last: Batch | None = None
         self._outbox: list[Event] = []
         for frame in journal.frames():
             self._recover(frame)
-        if not self._openings:
-            self._write_opening(journal.end.segment)
+        last = journal.end.segment
+        self._begin(journal.rotate() if self._eventful == last and last not in self._openings else last)
         self.ledger.on_event = self._on_event
         if session > self.ledger.session:
             busy = tuple(number for number, slot in self.ledger.slots.items() if slot.state is not TicketState.WAITING)
@@ -89,6 +98,9 @@ class History:
         Raises:
             JournalError: there is no room for it.
         """
+        while self._unbegun:
+            self._unbegun[0]()
+            del self._unbegun[0]  # only now, as below
         while self._outbox:
             kind = codec.kind_of(self._outbox[0])
             if kind in (codec.KEPT, codec.TIED):
@@ -117,6 +129,7 @@ class History:
 
     def annul(self, version: int, newest_faithful: int) -> None:
         """Undo batches `version` and later; see lineage.py."""
+        self.flush()
         undone = [ticket_id for update in range(version, self.ledger.decided) for ticket_id in self._decisions[update].ticket_ids]
         event = annulled(self.ledger, version, self._read_groups(undone), newest_faithful)
         if event.returned:  # once more, so that this segment stands for itself
@@ -125,12 +138,16 @@ class History:
         self.flush(durable=True)
 
     def begin_segment(self) -> Mark:
-        """Begin a segment that stands for itself; returns where: what a checkpoint stores."""
+        """Begin a segment that stands for itself; returns where: what a checkpoint stores. What is before it is on the disk.
+
+        Raises:
+            JournalError: there is no room for it. As soon as there is, the next `flush` goes on with it.
+        """
         self.flush()
         segment = self._journal.rotate()
         mark = self._journal.end
-        self._write_opening(segment)
-        self._journal.sync()
+        self._begin(segment)
+        self.flush()
         return mark
 
     def forget_before(self, version: int) -> list[int]:
@@ -140,12 +157,13 @@ class History:
             for ticket_id in self._decisions.pop(update).ticket_ids:
                 self._places.pop(ticket_id, None)
         needed = max(segment for segment, decided in self._openings.items() if decided <= version)
-        return [segment for segment in self._openings if segment < needed]
+        return list(range(self._journal.first_segment, needed))
 
     def drop_segment(self, segment: int) -> None:
-        """Delete a segment that forget_before named."""
-        self._journal.drop_before(segment + 1)
-        self._openings.pop(segment, None)
+        """Delete a segment that forget_before named. One that the next refers to, because that does not stand for itself, goes with it."""
+        if segment + 1 in self._openings:
+            self._journal.drop_before(segment + 1)
+            self._openings = {begun: decided for begun, decided in self._openings.items() if begun > segment}
 
     def _on_event(self, event: Event) -> None:
         self._observe(event)
@@ -169,10 +187,13 @@ class History:
                     self._moments = self._decisions[version].moments
                 self._decisions = {update: decision for update, decision in self._decisions.items() if update < version}
                 self._scores, self._last = [], None
+                for number in event.voided:
+                    self._places.pop(number, None)
             case _:
                 pass
 
     def _recover(self, frame: Frame) -> None:
+        segment = frame.position.segment
         if frame.kind == codec.OPENING:
             opening = json.loads(frame.payload)
             if opening["identity"] != self._identity:
@@ -182,10 +203,9 @@ class History:
                 self._moments = moments_from_json(opening["moments"])
                 self._scores = [np.asarray(scores, dtype=np.float32) for scores in opening["scores"]]
             elif not _same_state(opening["ledger"], codec.ledger_to_json(self.ledger)):
-                raise JournalError(
-                    f"segment {frame.position.segment} of the journal begins with another state than the events before it led to"
-                )
-            self._openings[frame.position.segment] = self.ledger.decided
+                raise JournalError(f"segment {segment} of the journal begins with another state than the events before it led to")
+            if segment > self._eventful:  # else what is before it in the segment does not stand for itself
+                self._openings[segment] = self.ledger.decided
         elif frame.kind == codec.CARRIED:
             for index, scored in enumerate(rollout_table.decode(frame.payload)):
                 number = scored.group.ticket.ticket_id
@@ -193,24 +213,48 @@ class History:
                     self.ledger.slots[number].scored = scored
                 self._places[number] = _Place(position=frame.position, index=index)
         else:
+            if segment > self._eventful:
+                self._eventful = segment
+                self._check_beginning(segment)
             for index, event in enumerate(codec.decode(frame.kind, frame.payload, self._find)):
                 if isinstance(event, Arrived) and frame.kind == codec.KEPT:
                     self._places[event.scored.group.ticket.ticket_id] = _Place(position=frame.position, index=index)
                 self._observe(event)
                 self.ledger.apply(event)
 
-    def _write_opening(self, segment: int) -> None:
+    def _check_beginning(self, segment: int) -> None:
+        """Before its first event: does it stand for itself? Earlier releases went on when there had been no room for all of that."""
+        if self._elsewhere(segment):
+            self._openings.pop(segment, None)
+        if not self._openings:
+            path, before = (segment_path(self._journal.folder, index) for index in (segment, segment - 1))
+            raise JournalError(
+                f"{path} does not begin with all that it refers to, and the segment before it is gone: restore {before.name}, "
+                "or resume from a copy of the run"
+            )
+
+    def _elsewhere(self, segment: int) -> list[int]:
+        """Tickets whose groups wait, but are not in this segment."""
+        waiting = [number for number, slot in self.ledger.slots.items() if slot.state is TicketState.WAITING]
+        return [number for number in waiting if number not in self._places or self._places[number].position.segment != segment]
+
+    def _begin(self, segment: int) -> None:
+        """Leave to `flush` what makes a segment stand for itself, as far as it is not there: a crash may have left the beginning of it."""
+        if segment not in self._openings:
+            self._unbegun.append(partial(self._journal.append, codec.OPENING, self._opening()))
+        elsewhere = [scored for number in self._elsewhere(segment) if (scored := self.ledger.slots[number].scored) is not None]
+        for first in range(0, len(elsewhere), _CARRIED_GROUPS):
+            self._unbegun.append(partial(self._append_groups, codec.CARRIED, elsewhere[first : first + _CARRIED_GROUPS]))
+        self._unbegun.append(partial(self._openings.setdefault, segment, self.ledger.decided))
+
+    def _opening(self) -> bytes:
         opening = {
             "identity": self._identity,
             "ledger": codec.ledger_to_json(self.ledger),
             "moments": asdict(self._moments),
             "scores": [scores.tolist() for scores in self._scores],
         }
-        self._journal.append(codec.OPENING, json.dumps(opening, separators=(",", ":")).encode())
-        self._openings[segment] = self.ledger.decided
-        waiting = [slot.scored for slot in self.ledger.slots.values() if slot.scored is not None]
-        if waiting:
-            self._append_groups(codec.CARRIED, waiting)
+        return json.dumps(opening, separators=(",", ":")).encode()
 
     def _append_groups(self, kind: str, groups: Sequence[ScoredGroup]) -> None:
         position = self._journal.append(kind, rollout_table.encode(groups))

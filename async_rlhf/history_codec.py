@@ -70,7 +70,7 @@ def encode(event: Event) -> bytes:
         case Arrived():
             raise AssertionError("scored groups travel as tables")
         case _:
-            fields = asdict(event)
+            fields = {item.name: getattr(event, item.name) for item in dataclasses.fields(event)}
     return _dump(fields)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from async_rlhf import history_codec as codec
-from async_rlhf import rollout_table, rollouts
+from async_rlhf import rollout_parts, rollout_table, rollouts
 from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Decided, Dropped, Trained
@@ -142,7 +142,7 @@ def _updates_in_parts(folder: Path) -> set[int]:
 def _from_parts(folder: Path, end: int) -> Iterator[Batch]:
     """Batches 0 to end - 1. Parts may go further."""
     try:
-        for update, groups in rollout_table.read_trained(folder):
+        for update, groups in rollout_parts.read_trained(folder):
             yield Batch(update=update, groups=tuple(groups))
             if update == end - 1:
                 return

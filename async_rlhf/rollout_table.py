@@ -1,24 +1,16 @@
-"""Scored groups as Arrow tables, one row per completion, and nothing lost: journal payloads and the rollouts dataset.
-
-rollouts/part-00000000.parquet   what became of each group too; `datasets.load_dataset("parquet", data_files=...)` opens it
-"""
+"""Scored groups as Arrow tables, one row per completion, and nothing lost: what the journal's payloads and the rollouts dataset are."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from async_rlhf.arrow_columns import SPANS, arrays_of, lists_column, spans_column, spans_of
 from async_rlhf.errors import JournalError
-from async_rlhf.files import sync_folder
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket
 
 SCHEMA: pa.Schema = pa.schema(
@@ -47,28 +39,28 @@ SCHEMA: pa.Schema = pa.schema(
 )
 """A group is a run of rows; the columns of ticket and prompt repeat in each."""
 
-FATE_SCHEMA: pa.Schema = pa.schema([*SCHEMA, ("fate", pa.string()), ("update", pa.int64()), ("position", pa.int64())])
-"""The rollouts dataset."""
-
-TRAINED = "trained"
+_ARRAYS = ("prompt_ids", "completion_ids", "behavior_logprobs", "reference_logprobs")
+_PLAIN = tuple(name for name in SCHEMA.names if name not in (*_ARRAYS, "score", "version_spans", "completion_index"))
 
 _PAYLOAD_MAGIC = b"GROUPS 2"
 """Begins each journal payload; the digit is the version of SCHEMA. 8 bytes, so that Arrow's buffers stay aligned."""
-_GROUPS_PER_WRITE = 64
-"""Groups in one row group of a part: what writing holds in memory."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupFate:
-    """A scored group and what became of it."""
+class GroupRows:
+    """One group as rows of a record batch, of which nothing is copied or unpacked before somebody asks."""
 
-    scored: ScoredGroup
-    fate: str
-    """trained, tied, dropped, lost_history or failed: REASON."""
-    update: int | None = None
-    """The update that trained it; None: none did."""
-    position: int | None = None
-    """Its place in the batch of that update; None: it was in none."""
+    ticket_id: int
+    batch: pa.RecordBatch
+    begin: int
+    end: int
+    """Rows [begin, end)."""
+
+    def unpacked(self) -> ScoredGroup:
+        """The group itself; see from_batch."""
+        return from_batch(self.batch.slice(self.begin, self.end - self.begin))[0]
 
 
 def to_batch(groups: Sequence[ScoredGroup]) -> pa.RecordBatch:
@@ -115,18 +107,12 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredGroup]:
     Raises:
         JournalError: rows of a group are missing.
     """
-    columns = {name: arrays_of(batch.column(name)) for name in ("prompt_ids", "completion_ids", "behavior_logprobs", "reference_logprobs")}
+    columns = {name: arrays_of(batch.column(name)) for name in _ARRAYS}
     scores = batch.column("score").to_numpy()
     spans = spans_of(batch.column("version_spans"))
-    plain = {name: batch.column(name).to_pylist() for name in SCHEMA.names if name not in (*columns, "score", "version_spans")}
-    indices = plain["completion_index"]
-    if any(
-        index not in ((0, before + 1) if row else (0,)) for row, (before, index) in enumerate(zip([0, *indices], indices, strict=False))
-    ):
-        raise JournalError(f"the rows of each group must count up from 0 in completion_index, got {indices}; read all rows of the table")
-    begins = [row for row, index in enumerate(indices) if index == 0]
+    plain = {name: batch.column(name).to_pylist() for name in _PLAIN}
     groups: list[ScoredGroup] = []
-    for begin, end in pairwise([*begins, batch.num_rows]):
+    for begin, end in pairwise(_bounds(batch)):
         rollouts = tuple(
             Rollout(
                 completion_ids=columns["completion_ids"][row],
@@ -148,6 +134,16 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredGroup]:
     return groups
 
 
+def rows_of(batch: pa.RecordBatch) -> list[GroupRows]:
+    """The same groups as from_batch gives, still rows.
+
+    Raises:
+        JournalError: rows of a group are missing.
+    """
+    ticket_ids = batch.column("ticket_id").to_pylist()
+    return [GroupRows(ticket_id=ticket_ids[begin], batch=batch, begin=begin, end=end) for begin, end in pairwise(_bounds(batch))]
+
+
 def encode(groups: Sequence[ScoredGroup]) -> bytes:
     """The groups as a journal payload: an Arrow record batch without its schema, which is always SCHEMA."""
     return b"".join([_PAYLOAD_MAGIC, memoryview(to_batch(groups).serialize())])
@@ -159,6 +155,15 @@ def decode(payload: bytes) -> list[ScoredGroup]:
     Raises:
         JournalError: the bytes are nothing that this version of `encode` wrote.
     """
+    return _decode(payload, from_batch)
+
+
+def decode_rows(payload: bytes) -> list[GroupRows]:
+    """The same groups, still rows of the payload; see `decode`."""
+    return _decode(payload, rows_of)
+
+
+def _decode(payload: bytes, unpack: Callable[[pa.RecordBatch], list[T]]) -> list[T]:
     if not payload.startswith(_PAYLOAD_MAGIC):
         raise JournalError(
             f"a payload of groups must begin with {_PAYLOAD_MAGIC!r}, got {payload[: len(_PAYLOAD_MAGIC)]!r}; "
@@ -169,105 +174,22 @@ def decode(payload: bytes) -> list[ScoredGroup]:
         batch.validate(full=True)
         if any(column.null_count for column in batch.columns):
             raise ValueError("no value may be missing")
-        return from_batch(batch)
+        return unpack(batch)
     except (pa.ArrowException, OSError, EOFError, ValueError, TypeError, JournalError) as error:
         raise JournalError(
             f"a payload of {len(payload)} bytes must hold groups, but does not: {error}; restore a copy of the journal"
         ) from error
 
 
-def part_path(folder: Path, index: int) -> Path:
-    """Where part `index` of the dataset lies."""
-    return folder / f"part-{index:08d}.parquet"
-
-
-def write_part(folder: Path, index: int, fates: Iterable[GroupFate]) -> Path:
-    """Write one part of the dataset in one step: a reader, or a crash, sees all of it or nothing.
-
-    Raises:
-        JournalError: the storage refuses.
-    """
-    path = part_path(folder, index)
-    unfinished = folder / f".{path.name}.unfinished"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            # Hardly a number of a rollout comes twice: dictionaries of them cost most of the writing, and room.
-            with pq.ParquetWriter(file, FATE_SCHEMA, compression="zstd", use_dictionary=False) as writer:
-                rest = iter(fates)
-                while some := list(islice(rest, _GROUPS_PER_WRITE)):
-                    writer.write_batch(_with_fates(some))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_folder(folder)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise JournalError(f"cannot write {path}: {error}: free space or mend the storage, then write it again") from error
-    return path
-
-
-def read_trained(folder: Path) -> Iterator[tuple[int, list[ScoredGroup]]]:
-    """The batches that were trained: (update, groups in batch order), in order of updates. Holds one part in memory.
-
-    A batch may begin in one part and end in the next, but no part goes back behind the last update of the part before it.
-
-    Raises:
-        JournalError: an update or a group is missing, or is there twice.
-    """
-    begun: dict[int, dict[int, ScoredGroup]] = {}
-    last: int | None = None  # the last update given out
-    for path in sorted(folder.glob("part-*.parquet")):
-        for fate in _read_trained_part(path):
-            assert fate.update is not None and fate.position is not None, f"{path} has a trained group without update or position"
-            batch = begun.setdefault(fate.update, {})
-            if (last is not None and fate.update <= last) or fate.position in batch:
-                raise JournalError(
-                    f"{path} has group {fate.position} of update {fate.update} again; a part is there twice, or of another run"
-                )
-            batch[fate.position] = fate.scored
-        for update in sorted(begun)[:-1]:
-            yield update, _whole(folder, last, update, begun.pop(update))
-            last = update
-    for update, batch in begun.items():
-        yield update, _whole(folder, last, update, batch)
-
-
-def _whole(folder: Path, last: int | None, update: int, batch: Mapping[int, ScoredGroup]) -> list[ScoredGroup]:
-    """The groups of a batch in order, having proven that no batch after `last` and no group before the batch's last is missing."""
-    if last is not None and update != last + 1:
-        raise JournalError(f"{folder} must go on with update {last + 1}, got update {update}; restore the missing part")
-    missing = sorted(set(range(max(batch) + 1)) - set(batch))
-    if missing:
+def _bounds(batch: pa.RecordBatch) -> list[int]:
+    """Where each group begins, and where the last one ends."""
+    indices = batch.column("completion_index").to_numpy()
+    begins = indices == 0
+    if len(indices) and not (begins[0] and (begins[1:] | (indices[1:] == indices[:-1] + 1)).all()):
         raise JournalError(
-            f"{folder} must have {max(batch) + 1} groups of update {update}, got none at {missing}; restore the missing part"
+            f"the rows of each group must count up from 0 in completion_index, got {indices.tolist()}; read all rows of the table"
         )
-    return [batch[position] for position in range(len(batch))]
-
-
-def _read_trained_part(path: Path) -> Iterator[GroupFate]:
-    with pq.ParquetFile(path) as file:
-        for rows in file.iter_batches(file.metadata.num_rows or 1):
-            trained = rows.filter(_is(rows.column("fate"), TRAINED))
-            first = trained.filter(_is(trained.column("completion_index"), 0))
-            where = zip(first.column("update").to_pylist(), first.column("position").to_pylist(), strict=True)
-            for scored, (update, position) in zip(from_batch(trained), where, strict=True):
-                yield GroupFate(scored=scored, fate=TRAINED, update=update, position=position)
-
-
-def _is(column: pa.Array, wanted: object) -> pa.BooleanArray:
-    return pa.array([each == wanted for each in column.to_pylist()], pa.bool_())
-
-
-def _with_fates(fates: Sequence[GroupFate]) -> pa.RecordBatch:
-    for fate in fates:
-        trained = fate.fate == TRAINED
-        assert trained == (fate.update is not None) == (fate.position is not None), f"trained groups have update and position, got {fate}"
-    batch = to_batch([fate.scored for fate in fates])
-    each = [fate for fate in fates for _ in fate.scored.group.rollouts]
-    more = [pa.array([getattr(fate, field.name) for fate in each], field.type) for field in list(FATE_SCHEMA)[len(SCHEMA) :]]
-    return pa.RecordBatch.from_arrays([*batch.columns, *more], schema=FATE_SCHEMA)
+    return [*np.flatnonzero(begins).tolist(), batch.num_rows]
 
 
 def _check_lossless(scored: ScoredGroup) -> None:

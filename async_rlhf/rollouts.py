@@ -7,12 +7,13 @@ from pathlib import Path
 
 from async_rlhf import history_codec as codec
 from async_rlhf import rollout_table
-from async_rlhf.events import Annulled, Arrived, Decided, Dropped
+from async_rlhf.events import Annulled, Decided, Dropped
 from async_rlhf.journal import Frame, Position, read_frames
+from async_rlhf.journal_frames import segment_paths
 from async_rlhf.ledger import LOST_HISTORY
-from async_rlhf.rollout_table import TRAINED, GroupFate, write_part
-from async_rlhf.tickets import PutOutcome
-from async_rlhf.types import ScoredGroup
+from async_rlhf.rollout_parts import TRAINED, GroupFate, write_part
+from async_rlhf.rollout_table import GroupRows
+from async_rlhf.tickets import PutOutcome, TicketState
 
 FOLDER = "rollouts"
 
@@ -41,12 +42,37 @@ def fates(journal: Path, segment: int) -> Iterator[GroupFate]:
     A batch that was undone later, in this segment or after it, was not trained: its groups belong to where they were decided again.
     """
     undoings = [_undoing(frame) for frame in read_frames(journal) if frame.kind == codec.ANNULLED]
-    waiting: dict[int, ScoredGroup] = {}
+    first = _first_needed(journal, segment)
+    waiting: dict[int, GroupRows] = {}
     for frame in read_frames(journal):
         if frame.position.segment > segment:
             return
-        if frame.position.segment == segment:
-            yield from _fates_of(frame, waiting, [undoing for undoing in undoings if undoing.at > frame.position])
+        if frame.position.segment >= first:
+            for fate in _fates_of(frame, waiting, [undoing for undoing in undoings if undoing.at > frame.position]):
+                if frame.position.segment == segment:
+                    yield fate
+
+
+def _first_needed(journal: Path, segment: int) -> int:
+    """Where to begin to read what waits in a segment: itself, unless there was no room for its beginning and it went on without."""
+    oldest = min(segment_paths(journal), default=segment)
+    while segment > oldest and not _stands_for_itself(journal, segment):
+        segment -= 1
+    return segment
+
+
+def _stands_for_itself(journal: Path, segment: int) -> bool:
+    """Whether a segment begins with the ledger and every group that waits in it."""
+    lacking: set[int] | None = None
+    for frame in (frame for frame in read_frames(journal) if frame.position.segment == segment):
+        if frame.kind == codec.OPENING and lacking is None:
+            slots = json.loads(frame.payload)["ledger"]["slots"]
+            lacking = {slot["ticket"]["ticket_id"] for slot in slots if slot["state"] == TicketState.WAITING}
+        elif frame.kind == codec.CARRIED and lacking is not None:
+            lacking -= {rows.ticket_id for rows in rollout_table.decode_rows(frame.payload)}
+        else:
+            break
+    return lacking is not None and not lacking
 
 
 def _undoing(frame: Frame) -> _Undoing:
@@ -54,31 +80,31 @@ def _undoing(frame: Frame) -> _Undoing:
     return _Undoing(at=frame.position, version=fields["version"], voided=frozenset(fields["voided"]))
 
 
-def _fates_of(frame: Frame, waiting: dict[int, ScoredGroup], undone_later: list[_Undoing]) -> Iterator[GroupFate]:
-    if frame.kind == codec.OPENING:
+def _fates_of(frame: Frame, waiting: dict[int, GroupRows], undone_later: list[_Undoing]) -> Iterator[GroupFate]:
+    if frame.kind in (codec.OPENING, codec.GRANTED):  # the largest of those that say nothing here
         return
-    if frame.kind == codec.CARRIED:
-        waiting.update({scored.group.ticket.ticket_id: scored for scored in rollout_table.decode(frame.payload)})
+    if frame.kind in (codec.CARRIED, codec.KEPT):
+        waiting.update({rows.ticket_id: rows for rows in rollout_table.decode_rows(frame.payload)})
         return
-    for event in codec.decode(frame.kind, frame.payload, waiting.__getitem__):
+    if frame.kind == codec.TIED:
+        for rows in rollout_table.decode_rows(frame.payload):
+            yield GroupFate(rows=rows, fate=str(PutOutcome.TIED))
+        return
+    for event in codec.decode(frame.kind, frame.payload, lambda number: waiting[number].unpacked()):
         match event:
-            case Arrived(scored=scored, outcome=PutOutcome.KEPT):
-                waiting[scored.group.ticket.ticket_id] = scored
-            case Arrived(scored=scored, outcome=outcome):
-                yield GroupFate(scored=scored, fate=str(outcome))
             case Decided(update=update):
                 undoing = next((undoing for undoing in undone_later if undoing.version <= update), None)
                 for position, number in enumerate(event.ticket_ids):
                     if undoing is None:
-                        yield GroupFate(scored=waiting.pop(number), fate=TRAINED, update=update, position=position)
+                        yield GroupFate(rows=waiting.pop(number), fate=TRAINED, update=update, position=position)
                     elif number in undoing.voided:
-                        yield GroupFate(scored=waiting.pop(number), fate=LOST_HISTORY)
+                        yield GroupFate(rows=waiting.pop(number), fate=LOST_HISTORY)
             case Dropped():
                 for number in event.ticket_ids:
-                    yield GroupFate(scored=waiting.pop(number), fate="dropped")
+                    yield GroupFate(rows=waiting.pop(number), fate="dropped")
             case Annulled():
                 for number in event.voided:
                     if number in waiting:
-                        yield GroupFate(scored=waiting.pop(number), fate=LOST_HISTORY)
+                        yield GroupFate(rows=waiting.pop(number), fate=LOST_HISTORY)
             case _:
                 pass

@@ -30,7 +30,7 @@ class SlowDisk:
 
 
 def make(disk: SlowDisk, decided: int) -> Durability:
-    history: Any = SimpleNamespace(flush=lambda: None, ledger=SimpleNamespace(decided=decided))
+    history: Any = SimpleNamespace(flush=lambda: None, begin_segment=lambda: disk.syncs, ledger=SimpleNamespace(decided=decided))
     journal: Any = disk
     return Durability(history, journal, every_s=1000.0)
 
@@ -65,6 +65,20 @@ def test_a_decision_that_is_on_the_disk_costs_no_further_sync_until_it_is_undone
         assert disk.syncs == 1
         await durability.decision(1)
         assert disk.syncs == 2
+
+    run(story())
+
+
+def test_a_segment_begins_between_two_syncs_and_others_go_on_meanwhile() -> None:
+    async def story() -> None:
+        disk = SlowDisk()
+        marking = asyncio.create_task(make(disk, decided=0).segment())
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert not marking.done()
+        disk.may_end.set()
+        num_syncs_before: Any = await marking
+        assert (num_syncs_before, disk.syncs) == (1, 2)
 
     run(story())
 

@@ -4,13 +4,16 @@
 dropped, history is undone, and every few steps everything is thrown away but the files.
 """
 
+import gc
 import json
+import os
 import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,19 +22,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from async_rlhf import history as history_module
 from async_rlhf import history_codec as codec
 from async_rlhf.config.rewards import RewardConfig
 from async_rlhf.errors import ConfigError, JournalError
 from async_rlhf.events import Annulled, Arrived, Decided, Dropped, Event, Failed, Granted, Lost, Refused, Sampled, SessionBegan, Trained
 from async_rlhf.history import History
 from async_rlhf.journal import Journal, read_frames
-from async_rlhf.journal_frames import check_mark
+from async_rlhf.journal_frames import check_mark, segment_path
 from async_rlhf.ledger import Ledger
 from async_rlhf.live_groups import Slot
 from async_rlhf.metrics import summarize
 from async_rlhf.prompts import PromptCursor, TaskStream
 from async_rlhf.replay import ReplayBuffer
-from async_rlhf.rollout_table import read_trained
+from async_rlhf.rollout_parts import read_trained
 from async_rlhf.rollouts import export_all, export_segment
 from async_rlhf.scores import ScoreMoments, shape_scores
 from async_rlhf.tickets import PutOutcome, TicketState
@@ -364,6 +368,99 @@ def test_segments_are_kept_back_to_the_batches_that_may_be_trained_again(tmp_pat
     assert history.forget_before(1) == [0, 1]
     assert history.summary(1) is not None and plain(history.batch(1).groups)
     assert history.forget_before(2) == [0, 1, 2]
+
+
+def held(root: object) -> int:
+    """Objects that it keeps alive, plain values aside."""
+    seen: set[int] = set()
+    rest = [root]
+    while rest:
+        item = rest.pop()
+        if id(item) not in seen and not isinstance(item, type | ModuleType | FunctionType | int | float | str | bytes):
+            seen.add(id(item))
+            rest.extend(gc.get_referents(item))
+    return len(seen)
+
+
+def live(history: History, run_folder: Path, first: int, end: int) -> None:
+    """Updates `first` to `end`: a tie, a refusal, a batch undone and decided again, a checkpoint in place of the one before."""
+    for update in range(first, end):
+        old, returned, tied, voided = numbers = [4 * update + i for i in range(4)]
+        grant(history, *numbers)
+        history.ledger.record(Sampled(ticket_ids=tuple(numbers)))
+        arrive(history, old, returned)
+        arrive(history, voided, version=update + 1)
+        history.ledger.record(Arrived(scored=make_scored(make_ticket(tied, holder="g"), scores=(1.0, 1.0)), outcome=PutOutcome.TIED))
+        history.ledger.record(Refused(ticket_id=old, outcome=PutOutcome.DUPLICATE))
+        decide(history, update, old, voided)
+        history.flush()
+        history.annul(update, newest_faithful=update)
+        decide(history, update, old, returned)
+        history.ledger.record(Trained(update=update, digest=update, canary_logprobs=(0.0,)))
+        history.flush()
+        assert len(history.batch(update).groups) == 2
+        history.begin_segment()
+        for segment in history.forget_before(update):
+            export_segment(run_folder, segment)
+            history.drop_segment(segment)
+
+
+def test_what_a_history_holds_does_not_grow_with_what_went_through_it(tmp_path: Path) -> None:
+    _, history = open_history(tmp_path)
+    live(history, tmp_path, 0, 5)
+    before = held(history)
+
+    live(history, tmp_path, 5, 25)
+
+    assert held(history) == before
+    assert len(list((tmp_path / "journal").glob("segment-*"))) == 2
+
+
+def test_groups_that_wait_are_carried_into_a_segment_however_many_they_are(tmp_path: Path) -> None:
+    numbers = range(2 * history_module._CARRIED_GROUPS + 1)
+    journal, history = open_history(tmp_path)
+    grant(history, *numbers)
+    groups = arrive(history, *numbers)
+    decide(history, 0, 0)
+    history.begin_segment()
+    for segment in history.forget_before(1):
+        history.drop_segment(segment)
+    assert kinds(tmp_path) == "OCC"  # one was decided
+    journal.close()
+
+    journal, again = open_history(tmp_path)
+    decide(again, 1, *numbers[1:])
+    again.flush()
+
+    assert plain(again._read_groups(numbers[1:])) == plain(tuple(groups[1:]))
+    journal.close()
+
+
+@pytest.mark.parametrize("num_left", range(4), ids=["nothing", "the ledger", "one group", "two groups"])
+def test_a_segment_of_whose_beginning_a_crash_left_this_stands_for_itself(
+    num_left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "_CARRIED_GROUPS", 1)
+    journal, history = open_history(tmp_path)
+    grant(history, 0, 1, 2)
+    groups = arrive(history, 0, 1, 2)
+    history.begin_segment()
+    journal.close()
+    first_lost = [frame for frame in read_frames(tmp_path / "journal") if frame.position.segment == 1][num_left]
+    os.truncate(segment_path(tmp_path / "journal", 1), first_lost.position.offset)
+
+    journal, history = open_history(tmp_path)
+    decide(history, 0, 0, 1, 2)
+    history.flush()
+    assert history.forget_before(0) == [0]
+    history.drop_segment(0)
+    journal.close()
+
+    journal, again = open_history(tmp_path)
+    assert plain(again._read_groups((0, 1, 2))) == plain(tuple(groups))
+    export_segment(tmp_path, 1)
+    assert [plain(batch) for _, batch in read_trained(tmp_path / "rollouts")] == [plain(groups)]
+    journal.close()
 
 
 def test_undoing_takes_summaries_and_moments_back_and_a_second_batch_of_that_number_is_another_one(tmp_path: Path) -> None:

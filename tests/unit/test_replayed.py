@@ -15,7 +15,8 @@ from async_rlhf.journal_frames import segment_path
 from async_rlhf.prompts import TaskStream
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.replayed import batches, shaped, survey
-from async_rlhf.rollout_table import encode, part_path
+from async_rlhf.rollout_parts import part_path
+from async_rlhf.rollout_table import encode
 from async_rlhf.rollouts import export_all, export_segment
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tasks.base import Problem

@@ -1,13 +1,10 @@
-"""Groups come back from Arrow, Parquet and journal payloads bit for bit; what does not fit is refused."""
+"""Groups come back from Arrow and journal payloads bit for bit; what does not fit is refused."""
 
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,18 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from async_rlhf.errors import JournalError
 from async_rlhf.journal import Journal
-from async_rlhf.rollout_table import (
-    FATE_SCHEMA,
-    SCHEMA,
-    GroupFate,
-    decode,
-    encode,
-    from_batch,
-    part_path,
-    read_trained,
-    to_batch,
-    write_part,
-)
+from async_rlhf.rollout_table import decode, decode_rows, encode, from_batch, to_batch
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
 from tests.support.samples import make_scored, make_ticket, plain
 
@@ -66,13 +52,19 @@ def make_groups(count: int, first: int = 0) -> list[ScoredGroup]:
     return [make_scored(make_ticket(i), scores=[1.0, 0.5, 0.0][: i % 3 + 1], version=i) for i in range(first, first + count)]
 
 
-# Journal payloads
-
-
 @settings(max_examples=60, deadline=None)
 @given(groups=st.lists(scored_groups(), max_size=3))
 def test_groups_come_back_from_a_payload_bit_for_bit(groups: list[ScoredGroup]) -> None:
     assert same(decode(encode(groups)), groups)
+
+
+def test_rows_of_a_payload_are_its_groups_in_order() -> None:
+    groups = make_groups(5)
+
+    rows = decode_rows(encode(groups))
+
+    assert [each.ticket_id for each in rows] == [group.group.ticket.ticket_id for group in groups]
+    assert same([each.unpacked() for each in rows], groups)
 
 
 def test_payload_survives_the_journal(tmp_path: Path) -> None:
@@ -114,8 +106,9 @@ def test_decoded_arrays_own_their_memory_and_may_be_written() -> None:
     ids=["empty", "no batch", "garbage", "later version", "foreign", "short"],
 )
 def test_payload_that_encode_did_not_write_is_an_error(payload: bytes) -> None:
-    with pytest.raises(JournalError, match="payload of"):
-        decode(payload)
+    for read in (decode, decode_rows):
+        with pytest.raises(JournalError, match="payload of"):
+            read(payload)
 
 
 @settings(max_examples=300, deadline=None)
@@ -152,112 +145,3 @@ def test_rows_cut_out_of_a_group_are_refused() -> None:
         from_batch(batch.slice(2))
     with pytest.raises(JournalError, match="count up from 0"):
         from_batch(batch.take(pa.array([3, 5])))
-
-
-# The dataset
-
-
-def trained(groups: list[ScoredGroup], update: int) -> list[GroupFate]:
-    return [GroupFate(scored=scored, fate="trained", update=update, position=i) for i, scored in enumerate(groups)]
-
-
-def test_batches_come_back_from_the_parts_in_order_without_what_was_not_trained(tmp_path: Path) -> None:
-    """Update 1 begins in part 0 and ends in part 1; groups lie in the order in which they were made."""
-    batches = [make_groups(4, first=4 * update) for update in range(4)]
-    fates = [trained(batch, update) for update, batch in enumerate(batches)]
-    others = [
-        GroupFate(scored=scored, fate=fate)
-        for scored, fate in zip(make_groups(3, 99), ["tied", "failed: ...", "lost_history"], strict=True)
-    ]
-    write_part(tmp_path / "rollouts", 0, [*fates[1][:1], others[0], *reversed(fates[0])])
-    write_part(tmp_path / "rollouts", 1, [others[1], *fates[3], *reversed(fates[1][1:]), *fates[2]])
-    write_part(tmp_path / "rollouts", 2, others[2:])
-
-    read = list(read_trained(tmp_path / "rollouts"))
-
-    assert [update for update, _ in read] == [0, 1, 2, 3]
-    assert all(same(left, right) for (_, left), right in zip(read, batches, strict=True))
-
-
-@settings(max_examples=20, deadline=None)
-@given(groups=st.lists(scored_groups(), min_size=1, max_size=3))
-def test_parquet_keeps_every_bit(groups: list[ScoredGroup], tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("rollouts")
-    write_part(folder, 0, trained(groups, 7))
-
-    [(update, copies)] = read_trained(folder)
-
-    assert update == 7
-    assert same(copies, groups)
-
-
-def test_part_of_many_groups_is_read_back_whole(tmp_path: Path) -> None:
-    groups = make_groups(300)
-    write_part(tmp_path, 0, chain(trained(groups[:150], 0), trained(groups[150:], 1)))
-
-    assert pq.ParquetFile(tmp_path / "part-00000000.parquet").num_row_groups > 1
-    assert same([group for _, batch in read_trained(tmp_path) for group in batch], groups)
-
-
-def test_missing_or_repeated_groups_of_a_batch_are_an_error(tmp_path: Path) -> None:
-    fates = [trained(make_groups(2, first=2 * update), update) for update in range(3)]
-    for parts, why in [
-        ([fates[0][1:]], r"must have 2 groups of update 0, got none at \[0\]"),
-        ([fates[0], fates[0]], "group 0 of update 0 again"),
-        ([fates[0] + fates[1], fates[0]], "group 0 of update 0 again"),
-        ([fates[0], fates[2]], "must go on with update 1, got update 2"),
-    ]:
-        for old in tmp_path.glob("*.parquet"):
-            old.unlink()
-        for index, part in enumerate(parts):
-            write_part(tmp_path, index, part)
-        with pytest.raises(JournalError, match=why):
-            list(read_trained(tmp_path))
-
-
-def test_part_is_written_whole_or_not_at_all_and_may_be_written_again(tmp_path: Path) -> None:
-    def interrupted() -> Any:
-        yield from trained(make_groups(100), 0)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_part(tmp_path, 0, interrupted())
-    assert list(tmp_path.glob("*.parquet")) == []
-    assert list(read_trained(tmp_path)) == []
-
-    assert write_part(tmp_path, 0, trained(make_groups(2), 0)) == part_path(tmp_path, 0)
-    write_part(tmp_path, 0, trained(make_groups(3), 0))
-
-    assert [file.name for file in tmp_path.iterdir()] == ["part-00000000.parquet"]
-    assert same(next(read_trained(tmp_path))[1], make_groups(3))
-
-
-def test_part_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "rollouts").write_text("a file")
-
-    with pytest.raises(JournalError, match=r"cannot write .*part-00000000\.parquet"):
-        write_part(tmp_path / "rollouts", 0, [])
-
-
-def test_only_trained_groups_have_an_update(tmp_path: Path) -> None:
-    [group] = make_groups(1)
-    for wrong in (GroupFate(scored=group, fate="tied", update=1, position=0), GroupFate(scored=group, fate="trained", update=1)):
-        with pytest.raises(AssertionError, match="trained groups have update and position"):
-            write_part(tmp_path, 0, [wrong])
-
-
-def test_datasets_opens_the_parts(tmp_path: Path) -> None:
-    from datasets import load_dataset
-
-    groups = make_groups(3)
-    write_part(tmp_path, 0, trained(groups[:2], 0))
-    write_part(tmp_path, 1, [GroupFate(scored=groups[2], fate="tied")])
-
-    table = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
-
-    assert table.column_names == FATE_SCHEMA.names == [*SCHEMA.names, "fate", "update", "position"]
-    assert table["fate"][:] == ["trained"] * 3 + ["tied"] * 3
-    assert table["update"][:] == [0] * 3 + [None] * 3
-    assert table["prompt_columns"][0] == [{"name": "answer", "json": '"2"'}]
-    assert table["completion_ids"][0] == groups[0].group.rollouts[0].completion_ids.tolist()
-    assert table["version_spans"][1][0]["version"] == 1
