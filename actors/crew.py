@@ -45,6 +45,8 @@ class Crew:
     meters: Meters = field(default_factory=Meters)
     counters: QueueCounters | None = None
     """The queue's, as of its last answer; None: it was not asked yet."""
+    update_s: float = 0.0
+    """What the last update took, with the wait for its batch and its checkpoint; 0: none is through."""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: tickets may be taken."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -34,6 +34,8 @@ from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Meeting, Rollout, VersionSpan, WeightsManifest, WeightsVersion
 
 _CANARY = "canary"
+_CANARY_PRIORITY = -1
+"""Before all else."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -74,7 +76,8 @@ class VLLMEngine:
             load_format="dummy" if lora is None else "auto",
             dtype=config.dtype,
             max_model_len=config.max_model_len,
-            max_num_seqs=num_slots + 1,  # one seat for the canary, or an install would wait for a completion to end
+            max_num_seqs=num_slots,
+            scheduling_policy="priority",  # for the canary, or an install would wait until all that waits for a seat has had one
             kv_cache_memory_bytes=config.kv_cache_mib << 20,
             **_share_of_gpu(config),
             block_size=32 if on_cpu else None,
@@ -157,9 +160,15 @@ class VLLMEngine:
             raise TransferError(f"vLLM could not receive weights version {manifest.version}: {error}") from error
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Prompt log-probabilities of one extra request."""
+        """Prompt log-probabilities of one extra request, at once after a load: no seat is taken then, as what ran is to be read anew."""
         parameters = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        self._engine.add_request(_CANARY, {"prompt_token_ids": list(token_ids)}, parameters, lora_request=self._adapter(""))
+        self._engine.add_request(
+            _CANARY,
+            {"prompt_token_ids": list(token_ids)},
+            parameters,
+            lora_request=self._adapter(""),
+            priority=_CANARY_PRIORITY,
+        )
         logprobs = None
         while logprobs is None:
             logprobs = self._step(_CANARY)
@@ -217,7 +226,7 @@ def _whole_prompts(config: GeneratorConfig, num_slots: int) -> dict[str, Any]:
     """No prompt is read in pieces: after a piece vLLM turns the request's random stream back, which a stream on the CPU cannot."""
     return {
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, num_slots + 1),
+        "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, num_slots),
     }
 
 

@@ -1,5 +1,6 @@
-"""The generator: takes tickets, samples K completions for each, streams a group on as soon as its last completion ends."""
+"""The generator: takes tickets, samples K completions for each, hands the groups on as they finish."""
 
+import math
 import threading
 import time
 import zlib
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from actors.canary import canary_error, check_manifest, check_tensors, perturbed, shapes_of_versions, tolerance_of
 from actors.engine_loop import EngineLoop, EngineUsage
+from async_rlhf import traffic
 from async_rlhf.config import Config
 from async_rlhf.errors import EngineError, WeightsError
 from async_rlhf.protocols import Engine, SampleRequest
@@ -47,6 +49,7 @@ class Generator:
         self._inflight: dict[str, Ticket] = {}
         self._answers: dict[str, tuple[Rollout, ...] | None] = {}
         self._groups: list[RolloutGroup] = []
+        self._first_finished_s = 0.0
         self._changed = threading.Condition()
         self._num_evaluations = 0
         self._loop = EngineLoop(make_engine(config, Path(model_folder)), self._on_finished, _clock(config))
@@ -68,9 +71,8 @@ class Generator:
         self._loop.call(lambda engine: [engine.add(request) for request in requests])
 
     def room(self, wait_s: float) -> int:
-        """Groups that would be sampled at once if they came now, as soon as that is one; 0 after `wait_s`.
+        """Groups that it may have more, as soon as there are any (traffic.room); 0 after `wait_s`.
 
-        A seat is free when its completion has ended, however long its siblings go on.
         Raises:
             EngineError: the engine failed.
         """
@@ -82,8 +84,8 @@ class Generator:
             waiting.cancel()
             return 0
 
-    def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
-        """Finished groups, as soon as there is one (or, with `all_inflight`, when none is left in flight), in ticket order.
+    def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
+        """Finished groups in ticket order, as soon as none is left in flight, or `gather_s` after the first of them finished.
 
         Returns nothing after `wait_s`.
         Raises:
@@ -91,16 +93,15 @@ class Generator:
         """
         ends = time.monotonic() + wait_s
         with self._changed:
-            while not self._groups or (all_inflight and self._inflight):
+            while (rest_s := min(self._gathered_in(gather_s), ends - time.monotonic())) > 0:
                 self._check()
-                rest = ends - time.monotonic()
-                if rest <= 0:
-                    break
                 # Short waits: the engine's thread may die without anybody to notify.
-                self._changed.wait(min(rest, 1.0))
+                self._changed.wait(min(rest_s, 1.0))
             groups: list[RolloutGroup] = []
-            if not (all_inflight and self._inflight):
+            if self._gathered_in(gather_s) <= 0:
                 groups, self._groups = sorted(self._groups, key=lambda group: group.ticket.ticket_id), []
+            else:
+                self._check()
             num_inflight = len(self._inflight)
         tickets = tuple(group.ticket for group in groups)
         return Collected(tickets=tickets, num_inflight=num_inflight, usage=self._loop.usage), groups
@@ -158,8 +159,7 @@ class Generator:
 
     def _room_in(self, engine: Engine) -> int | None:
         occupancy = engine.occupancy
-        free = self._config.generator.max_inflight - occupancy.num_running - occupancy.num_waiting
-        return max(0, free) // self._config.completions_per_prompt or None
+        return traffic.room(self._config, occupancy.num_running + occupancy.num_waiting) or None
 
     def _load(self, engine: Engine, manifest: WeightsManifest, load: Load) -> InstallReport:
         """On the loop's thread; install_s, which began before, is left at 0."""
@@ -199,8 +199,15 @@ class Generator:
             if request_id in self._answers:
                 self._answers[request_id] = completions
             else:
+                self._first_finished_s = self._first_finished_s if self._groups else time.monotonic()
                 self._groups.append(RolloutGroup(ticket=self._inflight.pop(request_id), rollouts=completions))
             self._changed.notify_all()
+
+    def _gathered_in(self, gather_s: float) -> float:
+        """Seconds until the finished groups may go; never by themselves while there is none."""
+        if not self._groups:
+            return math.inf
+        return self._first_finished_s + gather_s - time.monotonic() if self._inflight else 0.0
 
     def _check(self) -> None:
         failure = self._loop.failure

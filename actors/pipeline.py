@@ -42,6 +42,7 @@ from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
 from async_rlhf.errors import ActorLostError, DeadlineError, ObjectLostError
 from async_rlhf.metrics import BatchSummary
+from async_rlhf.traffic import gather_s
 from async_rlhf.types import Ticket
 
 POLL_S = 5.0
@@ -137,6 +138,7 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 processor=crew.processor_seconds,
             )
         )
+        crew.update_s = time.perf_counter() - started
         version += 1
     return version
 
@@ -218,7 +220,7 @@ async def _drain(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow, sc
     while True:
         await flow.until(lambda: flow.inflight > 0)
         asked = time.monotonic()
-        summary_ref, groups_ref = actor.start("collect", config.deterministic, POLL_S, num_returns=2)
+        summary_ref, groups_ref = actor.start("collect", gather_s(config, crew.update_s), POLL_S, num_returns=2)
         edge = f"{actor.name}.collect"
         try:
             collected: Collected = await resolve(summary_ref, edge=edge, timeout_s=POLL_S + config.timeouts.call_s)

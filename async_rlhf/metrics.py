@@ -126,7 +126,9 @@ METRICS: Mapping[str, Metric] = {
     "generate/groups_per_s": Metric("mean", "groups sampled per second, all generators"),
     "generate/idle_share": Metric("mean", "share of that time that the generators did not spend in engine steps"),
     "generate/generators": Metric("mean", "generators that took part in that time"),
-    "generate/wait_ticket_share": Metric("mean", "share of it in which a generator with room for more waited for tickets"),
+    "generate/wait_ticket_share": Metric(
+        "mean", "share of it in which a generator with room for more, be it to wait for a place, waited for tickets"
+    ),
     "generate/running_requests": Metric("mean", "completions in the engines' batches, all generators, mean over that time"),
     "generate/waiting_requests": Metric("mean", "completions in the engines without a place in a batch, likewise"),
     "generate/kv_use_share": Metric("mean", "share of the key/value cache in use, mean over the engines' steps"),

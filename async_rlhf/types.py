@@ -7,10 +7,10 @@ initial policy, update u consumes batch u and turns version u into version u + 1
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -58,6 +58,18 @@ class Ticket:
     """0 for the first lease; results of earlier attempts are refused."""
     holder: str
     """Incarnation of the generator that holds the lease, for instance `generator-0.2`."""
+
+    def __reduce__(self) -> "tuple[Callable[..., Ticket], tuple[Any, ...]]":
+        """What pickle keeps: plain values. Each ticket crosses three processes, and a small array costs more than all the rest."""
+        prompt, token_ids = self.prompt, self.prompt.token_ids
+        of_prompt = prompt.prompt_id, prompt.text, token_ids.tobytes(), token_ids.dtype.str, prompt.columns
+        return _ticket, (*of_prompt, self.ticket_id, self.epoch, self.seed, self.deadline, self.attempt, self.holder)
+
+
+def _ticket(prompt_id: str, text: str, token_ids: bytes, dtype: str, columns: Mapping[str, JsonValue], *of_ticket: Any) -> Ticket:
+    prompt = Prompt(prompt_id=prompt_id, text=text, token_ids=np.frombuffer(token_ids, dtype), columns=columns)
+    ticket_id, epoch, seed, deadline, attempt, holder = of_ticket
+    return Ticket(ticket_id=ticket_id, prompt=prompt, epoch=epoch, seed=seed, deadline=deadline, attempt=attempt, holder=holder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,8 +141,8 @@ class ScoredGroup:
     @property
     def tied(self) -> bool:
         """Several completions, all of the same score before shaping: no preference among them, and none is made of one."""
-        judged = self.scores if self.judged_scores is None else self.judged_scores
-        return len(judged) > 1 and bool((judged == judged[0]).all())
+        judged = (self.scores if self.judged_scores is None else self.judged_scores).tolist()
+        return len(judged) > 1 and judged.count(judged[0]) == len(judged)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

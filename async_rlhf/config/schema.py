@@ -256,8 +256,3 @@ class Config:
             return 0
         chosen = self.queue.max_replacements_per_batch
         return self.batch_groups if chosen < 0 else chosen
-
-    @property
-    def groups_inflight(self) -> int:
-        """Whole groups that one engine has places for: max_inflight // K, at least one. More are in flight where parts have ended."""
-        return max(1, self.generator.max_inflight // self.completions_per_prompt)

@@ -139,9 +139,10 @@ def _from_journal(journal: Path, size: int) -> list[Group]:
     groups: list[Group] = []
     for segment in segments:
         for fate in fates(journal, segment):
-            group = fate.scored.group
+            scored = fate.rows.unpacked()
+            group = scored.group
             if len(group.rollouts) == size:
                 lengths = [len(rollout.completion_ids) for rollout in group.rollouts]
-                scores = fate.scored.scores.tolist()
+                scores = scored.scores.tolist()
                 groups.append((lengths, _tied_without_one(scores), len(group.ticket.prompt.token_ids)))
     return groups

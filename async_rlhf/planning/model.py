@@ -17,9 +17,6 @@ NUM_FITS = 3
 """Rounds in which calls and switching settle: more work for each call makes them fewer."""
 CALLS_S = (0.0, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08)
 """Tried for call_s."""
-SHARED_CALL_S = 0.0035
-"""A call's call_s on shared cores, where it waits for one process after another to wake up: of a synchronous run on two cores, in which
-everybody waits for it (docs/scaling.md). What an asynchronous run takes says little of it, as others work meanwhile."""
 
 
 def predict(
@@ -39,7 +36,7 @@ def calibrated_rates(rows: Sequence[Row], config: Config, lengths: Lengths, num_
 
     Where they had: latencies between actors are not measured, so call_s takes the value of CALLS_S with which the model makes an update in
     the time that the run took for one. Where they shared cores: all rates are processor time, without what switching added to it, and a
-    call takes SHARED_CALL_S and what driver and queue worked for it; nothing is fitted to the time of an update.
+    call takes what driver and queue worked for it, and its turn on a core; nothing is fitted to the time of an update.
     Args:
         rows: of metrics.jsonl.
         num_cores: that its processes shared.
@@ -57,9 +54,8 @@ def calibrated_rates(rows: Sequence[Row], config: Config, lengths: Lengths, num_
 def _unshared(rows: Sequence[Row], config: Config, lengths: Lengths, num_cores: float) -> Rates:
     measured = measured_rates(rows, config, lengths, shared_cores=True)
     calls_work_s = measured_calls_work_s(rows)
-    rates, stretch = replace(measured, call_s=SHARED_CALL_S), 1.0
+    rates = replace(measured, call_s=0.0)
     for _ in range(NUM_FITS):
         found = predict(config, rates, lengths, num_updates=NUM_UPDATES // 2, num_cores=num_cores)
-        stretch = found.stretch
-        rates = replace(measured.scaled(1 / stretch), call_s=SHARED_CALL_S, call_work_s=calls_work_s / found.calls / stretch)
+        rates = replace(measured, call_s=0.0, call_work_s=calls_work_s / found.calls).scaled(1 / found.stretch)
     return rates

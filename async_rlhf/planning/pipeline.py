@@ -2,8 +2,8 @@
 
 The replay buffer that grants, keeps and decides is `async_rlhf.replay.ReplayBuffer` itself, over the real `StalenessRule` and `Ledger`:
 the bound holds in the model by the same code as in a run, and is asserted there for every token. Modelled are those around it, after
-the two loops of `actors/pipeline.py`: engines (engine.py), reward actors and scorers as pools, the learner (take, train_step, push, book)
-and installs; and, where all of them run on one machine without a GPU, the cores that they share (cores.py).
+the two loops of `actors/pipeline.py`: generators (generator.py, engine.py), reward actors and scorers as pools, the learner (take,
+train_step, push, book) and installs, and the calls between them; and, where all run on one machine without a GPU, its cores (cores.py).
 
 Many generators: with more than MAX_GENERATORS (or MAX_LIVE_GROUPS groups on their way), one simulated generator and one simulated group
 stand for `scale` real ones. Shares and rates per member stay what they are, as all work is divided alike; only chance evens out less,
@@ -18,18 +18,21 @@ from typing import Any
 import numpy as np
 import simpy
 
+from async_rlhf import traffic
 from async_rlhf.config import Config
 from async_rlhf.ledger import Ledger
 from async_rlhf.planning.cores import Cores
-from async_rlhf.planning.engine import ModelEngine
+from async_rlhf.planning.engine import Finished
+from async_rlhf.planning.generator import ModelGenerator
 from async_rlhf.planning.lengths import Lengths
 from async_rlhf.planning.prediction import Prediction, Scope
 from async_rlhf.planning.rates import Rates, num_trained
+from async_rlhf.planning.signals import Signal
 from async_rlhf.prompts import PromptCursor
 from async_rlhf.replay import ReplayBuffer
 from async_rlhf.staleness import StalenessRule
 from async_rlhf.tickets import PutOutcome, ReplaySettings
-from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, Ticket, VersionSpan
+from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, ScoredGroup, VersionSpan
 
 MAX_GENERATORS = 32
 """Simulated one by one."""
@@ -53,30 +56,15 @@ class _Prompts:
         return self._prompt, 0
 
 
-class _Signal:
-    """Wakes all who wait for it."""
-
-    def __init__(self, env: simpy.Environment) -> None:
-        self._env = env
-        self._event = env.event()
-
-    def notify(self) -> None:
-        event, self._event = self._event, self._env.event()
-        event.succeed()
-
-    def wait(self) -> simpy.Event:
-        return self._event
-
-
 @dataclass
 class _Member:
-    """One simulated generator."""
+    """One simulated generator, as the loops know it."""
 
     name: str
-    engine: ModelEngine
-    changed: _Signal
+    generator: ModelGenerator
+    changed: Signal
+    """Another version is installed."""
     installed: int = 0
-    inflight: int = 0
 
 
 class _Pool:
@@ -108,7 +96,7 @@ class PipelineModel:
         self._cores = Cores(self._env, scope.num_cores / self._scale)
         self._rng = np.random.default_rng(scope.seed)
         self._buffer = self._make_buffer()
-        self._grantable, self._arrived, self._published = (_Signal(self._env) for _ in range(3))
+        self._grantable, self._arrived, self._published = (Signal(self._env) for _ in range(3))
         pools = (("rewards", config.reward.count, "reward"), ("scorers", config.scorer.count, "score"))
         self._pools = {
             name: _Pool(self._env, count, self._scale, getattr(rates, f"{key}_call_s"), getattr(rates, f"{key}_token_s"))
@@ -116,9 +104,11 @@ class PipelineModel:
             if count
         }
         """Whom a group passes, in order."""
-        self._groups: dict[int, tuple[int, Sequence[float], bool]] = {}
-        """Ticket id -> version at the start, lengths, tied."""
+        self._groups: dict[int, tuple[Sequence[float], bool]] = {}
+        """Ticket id -> lengths, tied."""
         self._version = 0
+        self._update_s = 0.0
+        """What the last update took."""
         self._kept = 0
         """Groups kept since the last decision that are not in a batch."""
         self._busy = dict.fromkeys((*self._pools, "learner"), 0.0)
@@ -131,7 +121,7 @@ class PipelineModel:
         """To the end of the last update."""
         self._members = [self._make_member(index) for index in range(self._num_generators)]
         for member in self._members:
-            for process in (self._feed, self._refresh):
+            for process in (self._feed, self._drain, self._refresh):
                 self._env.process(process(member))
         self._env.run(until=self._env.process(self._train()))
         return self._prediction()
@@ -148,59 +138,44 @@ class PipelineModel:
         return ReplayBuffer(rule, _Prompts(), settings, Ledger())
 
     def _make_member(self, index: int) -> _Member:
-        finished: list[Ticket] = []
-        changed = _Signal(self._env)
-
-        def on_finished(ticket: Ticket) -> None:
-            finished.append(ticket)
-            changed.notify()
-
-        member = _Member(name=f"generator-{index}", engine=ModelEngine(self._env, self._rates, self._cores, on_finished), changed=changed)
-        self._env.process(self._drain(member, finished))
-        return member
+        generator = ModelGenerator(self._env, self._config, self._rates, self._cores)
+        return _Member(name=f"generator-{index}", generator=generator, changed=Signal(self._env))
 
     def _feed(self, member: _Member) -> Steps:
-        capacity = self._config.groups_inflight
         while True:
-            while member.inflight >= capacity:
-                yield member.changed.wait()
             yield from self._call()
-            tickets = self._buffer.grant(member.name, member.installed, capacity - member.inflight, self._env.now)
-            if not tickets:
+            wanted = yield from member.generator.room()
+            yield from self._call()
+            while not (tickets := self._buffer.grant(member.name, member.installed, wanted, self._env.now)):
                 yield self._grantable.wait() | member.changed.wait()
-                continue
             yield from self._call()
-            for ticket in tickets:
-                lengths, tied = self._lengths.draw(self._rng, self._config.completions_per_prompt)
-                self._groups[ticket.ticket_id] = member.installed, lengths.tolist(), tied
-                member.engine.add(ticket, lengths.tolist())
-            member.inflight += len(tickets)
-            member.engine.wake()
+            groups = [(ticket, *self._lengths.draw(self._rng, self._config.completions_per_prompt)) for ticket in tickets]
+            self._groups.update({ticket.ticket_id: (lengths.tolist(), tied) for ticket, lengths, tied in groups})
+            member.generator.submit([(ticket, self._groups[ticket.ticket_id][0]) for ticket in tickets])
 
-    def _drain(self, member: _Member, finished: list[Ticket]) -> Steps:
+    def _drain(self, member: _Member) -> Steps:
         while True:
-            while not finished:
-                yield member.changed.wait()
+            finished = yield from member.generator.collect(traffic.gather_s(self._config, self._update_s))
             yield from self._call()
-            tickets, finished[:] = sorted(finished, key=lambda ticket: ticket.ticket_id), []
-            member.inflight -= len(tickets)
-            member.changed.notify()
-            self._env.process(self._score(tickets))
+            self._env.process(self._score(finished))
 
-    def _score(self, tickets: Sequence[Ticket]) -> Steps:
-        self._buffer.mark_scoring(tickets, self._env.now)
+    def _score(self, finished: Sequence[Finished]) -> Steps:
+        yield from self._call()
+        self._buffer.mark_scoring([group.ticket for group in finished], self._env.now)
         prompt, size = self._lengths.prompt_tokens, self._config.completions_per_prompt
-        tokens = sum(sum(self._groups[ticket.ticket_id][1]) + size * prompt for ticket in tickets)
+        tokens = sum(sum(self._groups[group.ticket.ticket_id][0]) + size * prompt for group in finished)
         for name, pool in self._pools.items():
             with pool.members.request() as turn:
                 yield turn
                 began = self._env.now
+                self._num_calls += 1  # how long it is on its way is in the member's rate
+                yield from self._cores.work(self._rates.call_work_s)
                 yield from self._cores.work(pool.work_s(tokens))
                 self._busy[name] += self._env.now - began
         yield from self._call()
         voided = False
-        for ticket in tickets:
-            outcome = self._buffer.put(self._scored(ticket))
+        for group in finished:
+            outcome = self._buffer.put(self._scored(group))
             voided |= outcome is PutOutcome.TIED
             self._kept += outcome is PutOutcome.KEPT
         self._arrived.notify()
@@ -213,26 +188,30 @@ class PipelineModel:
                 yield self._published.wait()
             offer = self._version
             yield from self._call()
+            self._num_calls += 1  # the install: how long it is on its way is in transfer_s
             yield self._env.timeout(self._rates.transfer_s)
-            yield member.engine.install(self._rates.load_s)
+            yield member.generator.engine.install(self._rates.load_s, offer)
+            yield from self._call()
             member.installed = offer
             member.changed.notify()
 
     def _train(self) -> Steps:
         config, rates = self._config, self._rates
         for update in range(self._num_updates):
-            batch = None
+            started, batch = self._env.now, None
             while batch is None:
                 if self._kept >= self._batch_groups:
                     batch = self._buffer.decide()
                 if batch is None:
                     yield self._arrived.wait()
             yield from self._call()
+            # To take, to train_step, to publish and to book it: how long they are on their way is in the rates of these.
+            self._num_calls += 2 * config.learner.num_ranks + 2
             self._kept -= len(batch.groups)
             self._staleness.update(batch.staleness if update >= WARM_UP else ())
             groups = [self._groups.pop(scored.group.ticket.ticket_id) for scored in batch.groups]
             size, prompt = config.completions_per_prompt, self._lengths.prompt_tokens
-            trained = [(sum(lengths) / size + prompt) * num_trained(config, tied=tied) for _, lengths, tied in groups]
+            trained = [(sum(lengths) / size + prompt) * num_trained(config, tied=tied) for lengths, tied in groups]
             tokens = self._scale * sum(trained)
             algorithm = config.algorithm
             step_s = rates.train_step_s(
@@ -249,6 +228,7 @@ class PipelineModel:
             self._buffer.mark_trained(update, 0, ())
             self._buffer.ledger.forget_before(update)
             self._waiting.append(self._kept)
+            self._update_s = self._env.now - started
             self._mark()
 
     def _call(self) -> Steps:
@@ -257,17 +237,18 @@ class PipelineModel:
         yield self._env.timeout(self._rates.call_s)
         yield from self._cores.work(self._rates.call_work_s)
 
-    def _scored(self, ticket: Ticket) -> ScoredGroup:
-        version, lengths, tied = self._groups[ticket.ticket_id]
-        rollouts = tuple(_rollout(version, int(tokens)) for tokens in lengths)
+    def _scored(self, finished: Finished) -> ScoredGroup:
+        lengths, tied = self._groups[finished.ticket.ticket_id]
+        rollouts = tuple(_rollout(finished.version, int(tokens)) for tokens in lengths)
         scores = np.zeros(len(lengths), dtype=np.float32)
         scores[0] = 0.0 if tied else 1.0
-        group = RolloutGroup(ticket=ticket, rollouts=rollouts)
+        group = RolloutGroup(ticket=finished.ticket, rollouts=rollouts)
         return ScoredGroup(group=group, scores=scores, reference_logprobs=(), completions=())
 
     def _mark(self) -> None:
-        busy = {"generators": sum(member.engine.busy_s for member in self._members), **self._busy}
-        counts = {"tokens": sum(member.engine.num_tokens for member in self._members), "calls": float(self._num_calls)}
+        busy = {"generators": sum(member.generator.engine.busy_s for member in self._members), **self._busy}
+        tokens = sum(member.generator.engine.num_tokens for member in self._members)
+        counts = {"tokens": tokens, "calls": float(self._num_calls)}
         self._marks.append((self._env.now, {**busy, **counts}))
 
     def _prediction(self) -> Prediction:

@@ -35,6 +35,8 @@ class Rates:
     """What each completion in the batch adds to a step: 1 / this is the engine's top rate, tokens per second."""
     engine_prompt_s: float = 0.0
     """What each completion that joins adds to its first step besides: its prompt is read."""
+    engine_beside_s: float = 0.0
+    """What the generator's process does for each completion beside the engine's steps, which take turns with it."""
     score_call_s: float = 0.0
     score_token_s: float = 0.0
     """Per token of a sequence, prompt included."""
@@ -62,7 +64,7 @@ class Rates:
     load_s: float = 0.0
     """In which the generator does not sample: the weights are replaced. The canary's step, and running completions, come on top."""
     call_s: float = 0.002
-    """A call from actor to actor: how long nobody works for it."""
+    """A call from actor to actor, by way of the driver: how long nobody works for it."""
     call_work_s: float = 0.0
     """Of a core, for the same call: in the driver, the queue and Ray."""
 
@@ -142,7 +144,8 @@ def measured_rates(rows: Sequence[Row], config: Config, lengths: Lengths, *, sha
     return Rates(
         engine_step_s=engine[0],
         engine_completion_s=engine[1],
-        engine_prompt_s=engine[2] + beside_s,
+        engine_prompt_s=engine[2],
+        engine_beside_s=beside_s,
         score_call_s=call_s,
         score_token_s=token_s,
         reward_call_s=reward_call_s,

@@ -1,5 +1,6 @@
 """The generator around the transformers engine: from tickets to groups, from weights to verified weights."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def tickets(count: int) -> list[Ticket]:
 
 def sample(generator: Generator, asked: list[Ticket]) -> list[RolloutGroup]:
     generator.submit(asked)
-    collected, groups = generator.collect(True, WAIT_S)
+    collected, groups = generator.collect(math.inf, WAIT_S)
     assert collected.num_inflight == 0
     return groups
 
@@ -77,7 +78,7 @@ def test_each_ticket_gets_its_k_completions_in_ticket_order(folder: Path):
     asked = tickets(5)
     with generating(folder) as generator:
         generator.submit(asked[::-1])
-        collected, groups = generator.collect(True, WAIT_S)
+        collected, groups = generator.collect(math.inf, WAIT_S)
 
     assert [group.ticket for group in groups] == asked
     assert collected.tickets == tuple(asked) and collected.num_inflight == 0
@@ -86,25 +87,10 @@ def test_each_ticket_gets_its_k_completions_in_ticket_order(folder: Path):
     assert collected.usage.num_tokens == sum(group.num_tokens for group in groups)
 
 
-def test_groups_are_handed_out_one_by_one_as_they_finish(folder: Path):
-    """One slot for completions: the groups cannot end together."""
-    with generating(folder, "generator.max_inflight=3") as generator:
-        generator.submit(tickets(4))
-        inflight: list[int] = []
-        seen: list[int] = []
-        while len(seen) < 4:
-            collected, groups = generator.collect(False, WAIT_S)
-            seen += [group.ticket.ticket_id for group in groups]
-            inflight.append(collected.num_inflight)
-
-    assert sorted(seen) == [0, 1, 2, 3]
-    assert inflight == sorted(inflight, reverse=True) and inflight[-1] == 0 and len(inflight) > 1
-
-
 def test_collect_gives_nothing_when_its_time_is_up(folder: Path):
     with generating(folder) as generator:
         started = time.monotonic()
-        collected, groups = generator.collect(False, 0.1)
+        collected, groups = generator.collect(0.0, 0.1)
 
     assert groups == [] and collected.tickets == ()
     assert 0.1 <= time.monotonic() - started < 5
@@ -207,7 +193,7 @@ def test_an_evaluation_leaves_running_groups_alone(folder: Path):
         expected = [tokens_of(group) for group in sample(generator, asked)]
         generator.submit(asked)
         rollouts = generator.evaluate([one.prompt for one in tickets(4)], 0.0)
-        _, groups = generator.collect(True, WAIT_S)
+        _, groups = generator.collect(math.inf, WAIT_S)
 
     assert len(rollouts) == 4
     assert [tokens_of(group) for group in groups] == expected
@@ -291,6 +277,20 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def test_groups_are_handed_out_one_by_one_as_they_finish(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seats for one group: they cannot end together."""
+    handed_out: list[tuple[list[int], int]] = []
+    with paced(folder, monkeypatch, "generator.max_inflight=6") as (generator, allowed):
+        generator.submit([ticket(number) for number in range(3)])
+        while len(handed_out) < 3:
+            if drained(allowed):
+                allowed.release(1)
+            collected, groups = generator.collect(0.0, 0.005)  # of a step that has begun, or of the one before
+            handed_out += [([group.ticket.ticket_id for group in groups], collected.num_inflight)] if groups else []
+
+    assert handed_out == [([0], 2), ([1], 1), ([2], 0)]
+
+
 def test_keep_goes_on_under_the_new_weights_and_every_token_carries_its_version(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Four tokens of version 0, then the install, then version 1."""
     new = tiny_policy(7)
@@ -303,7 +303,7 @@ def test_keep_goes_on_under_the_new_weights_and_every_token_carries_its_version(
         allowed.release(1)
         installing.result(WAIT_S)
         allowed.release(100)
-        _, (group,) = generator.collect(True, WAIT_S)
+        _, (group,) = generator.collect(math.inf, WAIT_S)
 
     prompt = group.ticket.prompt.token_ids.tolist()
     crossing = 0
@@ -340,22 +340,33 @@ class Seats:
 def test_there_is_room_for_a_group_as_soon_as_enough_completions_have_ended_of_whichever_groups(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Twelve seats, groups of three."""
+    """Twelve seats, and a group of three waits for the next."""
     engine = Seats()
     monkeypatch.setattr(actors.generator, "make_engine", lambda *_: engine)
     with generating(folder, "generator.max_inflight=12", installed=False) as generator:
-        assert generator.room(WAIT_S) == 4
-        engine.take(7)
+        assert generator.room(WAIT_S) == 5
+        engine.take(10)
         assert generator.room(WAIT_S) == 1
-        engine.take(6, waiting=3)
+        engine.take(12)
         assert generator.room(WAIT_S) == 1
-        for running, waiting in [(12, 0), (10, 0), (12, 5), (9, 1)]:
+        for running, waiting in [(12, 1), (11, 2), (12, 3), (12, 9)]:
             engine.take(running, waiting)
             assert generator.room(0.02) == 0
         asking = in_thread(lambda: generator.room(WAIT_S))
-        engine.take(9)
+        engine.take(11, waiting=1)
 
         assert asking.result(WAIT_S) == 1
+
+
+def test_tickets_are_asked_for_several_at_once_when_half_of_what_waits_for_a_seat_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """48 seats, and four groups of three wait for the next."""
+    engine = Seats()
+    monkeypatch.setattr(actors.generator, "make_engine", lambda *_: engine)
+    with generating(folder, "generator.max_inflight=48", "batch_groups=32", installed=False) as generator:
+        engine.take(48, waiting=7)
+        assert generator.room(0.02) == 0
+        engine.take(48, waiting=6)
+        assert generator.room(WAIT_S) == 2
 
 
 def test_drain_finishes_what_runs_first_and_holds_later_tickets_back(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -369,10 +380,24 @@ def test_drain_finishes_what_runs_first_and_holds_later_tickets_back(folder: Pat
         assert not installing.done()
         allowed.release(100)
         installing.result(WAIT_S)
-        _, groups = generator.collect(True, WAIT_S)
+        _, groups = generator.collect(math.inf, WAIT_S)
 
     versions = [{span.version for rollout in group.rollouts for span in rollout.version_spans} for group in groups]
     assert versions == [{0}, {1}]
+
+
+def test_a_finished_group_waits_for_others_and_no_longer_than_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    with paced(folder, monkeypatch, "generator.max_inflight=6") as (generator, allowed):
+        generator.submit([ticket(0), ticket(1)])
+        allowed.release(11)  # at most ten tokens each: the first six completions end
+        eventually(lambda: drained(allowed))
+        _, none = generator.collect(60.0, 0.2)
+        early, groups = generator.collect(0.25, WAIT_S)
+        allowed.release(100)
+        _, others = generator.collect(60.0, WAIT_S)  # nobody is left to wait for
+
+    assert none == [] and early.num_inflight == 1
+    assert [[one.ticket.ticket_id for one in each] for each in (groups, others)] == [[0], [1]]
 
 
 def test_all_in_flight_means_all_even_when_the_time_is_up(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -382,9 +407,9 @@ def test_all_in_flight_means_all_even_when_the_time_is_up(folder: Path, monkeypa
         allowed.release(11)  # at most ten tokens each for the first six completions
         eventually(lambda: drained(allowed))
         generator.submit([ticket(2)])
-        early, none = generator.collect(True, 0.2)
+        early, none = generator.collect(math.inf, 0.2)
         allowed.release(100)
-        _, groups = generator.collect(True, WAIT_S)
+        _, groups = generator.collect(math.inf, WAIT_S)
 
     assert none == [] and early.tickets == ()
     assert [group.ticket.ticket_id for group in groups] == [0, 1, 2]
@@ -428,7 +453,7 @@ def test_a_canary_that_does_not_match_ends_the_engine(folder: Path):
         with pytest.raises(EngineError, match="samples from other weights"):
             generator.submit([ticket(0)])
         with pytest.raises(EngineError, match="samples from other weights"):
-            generator.collect(False, 0.1)
+            generator.collect(0.0, 0.1)
         with pytest.raises(EngineError, match="samples from other weights"):
             generator.usage()
 
@@ -451,4 +476,4 @@ def test_an_engine_that_fails_in_a_step_is_reported_to_whoever_collects(folder: 
         monkeypatch.setattr(TransformersEngine, "step", fail)
         generator.submit([ticket(0)])
         with pytest.raises(EngineError, match=r"generator-0\.0: the engine failed: MemoryError\('no room'\)"):
-            generator.collect(False, WAIT_S)
+            generator.collect(0.0, WAIT_S)

@@ -190,9 +190,9 @@ def test_one_that_leaves_finishes_what_it_has_and_takes_no_more():
     """It holds four slow groups when it is asked; all of them are put, none goes out again, and only then it is gone."""
 
     class Slow(FakeGenerator):
-        async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, Any]:
+        async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, Any]:
             await asyncio.sleep(0.03)
-            return await super().collect(all_inflight, wait_s)
+            return await super().collect(gather_s, wait_s)
 
     async def story() -> None:
         stage = await Stage(FakeQueue(num_tickets=60), Slow, num_generators=2).begin()
@@ -421,10 +421,10 @@ def test_without_any_generator_the_learners_wait_for_a_batch_does_not_end_the_ru
 
 def test_one_that_fails_too_often_rests_and_the_others_go_on():
     class Failing(FakeGenerator):
-        async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, Any]:
+        async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, Any]:
             if part_of(self.name) == "generator-1":
                 raise EngineError("out of memory")
-            return await super().collect(all_inflight, wait_s)
+            return await super().collect(gather_s, wait_s)
 
     async def story() -> None:
         stage = await Stage(FakeQueue(num_tickets=300), Failing, (), "supervision.max_restarts=2", num_generators=2).begin()
@@ -439,7 +439,7 @@ def test_one_that_fails_too_often_rests_and_the_others_go_on():
 
 def test_generators_that_all_fail_by_their_own_fault_end_the_run():
     class Failing(FakeGenerator):
-        async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, Any]:
+        async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, Any]:
             raise EngineError("out of memory")
 
     async def story() -> None:

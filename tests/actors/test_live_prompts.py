@@ -104,7 +104,6 @@ def test_a_queue_that_starts_again_goes_on_behind_the_rows_that_were_asked(tmp_p
         await queue.note(Installed(holder=A, version=0))
         assert len(await queue.tickets(A, 0, 1, 8, 0.0) or []) == 2
         queue._journal.close()
-        queue._durability.stop()
         append(tmp_path, 3, 5)
 
         again = make_queue(tmp_path, tokenizer)

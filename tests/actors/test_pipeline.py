@@ -97,7 +97,7 @@ class FakeGenerator:
             await asyncio.sleep(wait_s / 10)
         return max(0, self.capacity - len(self.inflight))
 
-    async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
+    async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
         await asyncio.sleep(0.005)
         done = [] if self.stuck else self.inflight[: self.burst]
         self.inflight = self.inflight[len(done) :]
@@ -747,7 +747,7 @@ def test_one_generators_death_does_not_stop_the_other():
 
 def test_known_mistake_10_a_generator_that_keeps_failing_ends_the_run_with_its_last_error_and_nobody_waits_on():
     class Failing(FakeGenerator):
-        async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
+        async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
             raise EngineError(f"{self.name} is out of memory")
 
     async def story() -> None:
@@ -954,8 +954,8 @@ def test_groups_whose_generator_took_them_along_are_reported_as_failed_and_cost_
     """The object is lost with its node; their leases go out again."""
 
     class Losing(FakeGenerator):
-        async def collect(self, all_inflight: bool, wait_s: float) -> tuple[Collected, Any]:
-            collected, groups = await super().collect(all_inflight, wait_s)
+        async def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, Any]:
+            collected, groups = await super().collect(gather_s, wait_s)
             return collected, groups
 
     async def story() -> None:
@@ -1269,7 +1269,6 @@ class MortalQueue(ReplayQueue):
 
     def died(self) -> None:
         self._journal.close()
-        self._durability.stop()
 
 
 def real(folder: Path, run_folder: Path, *overrides: str, num_generators: int = 1) -> Stage:

@@ -17,7 +17,7 @@ from async_rlhf.config import load_config
 from async_rlhf.errors import ConfigError, JournalError, JournalLockedError, RunError
 from async_rlhf.journal import Mark, check_mark
 from async_rlhf.journal_frames import segment_path
-from async_rlhf.rollout_table import part_path, read_trained
+from async_rlhf.rollout_parts import part_path, read_trained
 from async_rlhf.tasks.start import build_tokenizer
 from async_rlhf.tickets import PutOutcome, QueueCounters
 from async_rlhf.types import ScoredGroup, Ticket
@@ -64,7 +64,6 @@ def make_queue(place: Place, *overrides: str, session: int = 0) -> ReplayQueue:
 def kill(queue: ReplayQueue) -> None:
     """What SIGKILL leaves: the files as they are, and no lock."""
     queue._journal.close()
-    queue._durability.stop()
 
 
 def scored(tickets: list[Ticket], *, version: int = 0, scores: tuple[float, ...] = (1.0, 0.0)) -> list[ScoredGroup]:

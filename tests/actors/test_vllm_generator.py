@@ -15,6 +15,7 @@ import torch
 from actors.generator import Generator
 from actors.launch import ActorSpec, Cluster
 from actors.remote import RemoteActor, kill
+from async_rlhf import traffic
 from async_rlhf.config.lora import LoraConfig
 from async_rlhf.errors import WeightsError
 from async_rlhf.policy import load_policy
@@ -65,7 +66,7 @@ def weights_of(folder: Path, version: int) -> WeightsVersion:
 def collect(actor: RemoteActor, num_groups: int) -> list[RolloutGroup]:
     groups: list[RolloutGroup] = []
     while len(groups) < num_groups:
-        groups += ask(actor, "collect", False, 5.0)[1]
+        groups += ask(actor, "collect", 0.0, 5.0)[1]
     return sorted(groups, key=lambda group: group.ticket.ticket_id)
 
 
@@ -126,10 +127,22 @@ def test_a_seat_is_free_as_soon_as_its_completion_has_ended_however_long_its_sib
     num_groups = 0
     while num_groups < 24:
         taken.add(ask(generator, "usage").occupancy.num_running)
-        num_groups += len(ask(generator, "collect", False, 0.0)[1])
+        num_groups += len(ask(generator, "collect", 0.0, 0.0)[1])
 
     assert any(running % CONFIG.completions_per_prompt for running in taken)
-    assert ask(generator, "room", 5.0) == CONFIG.generator.max_inflight // CONFIG.completions_per_prompt
+    seats = CONFIG.generator.max_inflight
+    assert ask(generator, "room", 5.0) == (seats + traffic.reserve(CONFIG)) // CONFIG.completions_per_prompt
+
+
+def test_the_canary_waits_for_no_completion_even_where_others_wait_for_their_seats(generator: RemoteActor, folders: list[Path]) -> None:
+    """Behind those that wait it would come when half of all have ended."""
+    num_groups = 2 * CONFIG.generator.max_inflight // CONFIG.completions_per_prompt
+    ask(generator, "submit", [make_ticket(index, seed=index) for index in range(num_groups)])
+    ask(generator, "install", weights_of(folders[0], 3))
+    meanwhile = len(ask(generator, "collect", 0.0, 0.0)[1])
+
+    assert meanwhile < num_groups // 4
+    assert len(collect(generator, num_groups - meanwhile)) == num_groups - meanwhile
 
 
 def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(generator: RemoteActor, folders: list[Path]) -> None:

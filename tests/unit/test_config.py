@@ -404,4 +404,3 @@ def test_sizes_that_follow_from_others_are_derived() -> None:
     assert config.max_replacements_per_batch == 8
     assert load("queue.max_replacements_per_batch=3").max_replacements_per_batch == 3
     assert load("queue.ties=keep", "queue.max_replacements_per_batch=3").max_replacements_per_batch == 0
-    assert load("generator.max_inflight=10", "completions_per_prompt=4").groups_inflight == 2

@@ -1,15 +1,13 @@
-"""The model of the pipeline: its engine by hand, its updates against closed forms, and what it refuses."""
+"""The model of the pipeline: its updates against closed forms, rates and lengths, budgets, and what it refuses."""
 
 import io
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,15 +18,13 @@ from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, RewardConfig, ScorerConfig
 from async_rlhf.errors import ConfigError
 from async_rlhf.planning import cores as sharing
-from async_rlhf.planning.cores import Cores
-from async_rlhf.planning.engine import ModelEngine
 from async_rlhf.planning.lengths import Lengths, lognormal_lengths, measured_lengths
-from async_rlhf.planning.model import SHARED_CALL_S, calibrated_rates, predict
+from async_rlhf.planning.model import calibrated_rates, predict
 from async_rlhf.planning.pipeline import MAX_GENERATORS
 from async_rlhf.planning.plans import Basis, compare, recommend
 from async_rlhf.planning.rates import Rates, measured_rates, measured_update_s, num_trained, read_rates
-from async_rlhf.rollout_table import GroupFate, write_part
-from async_rlhf.types import Ticket
+from async_rlhf.rollout_parts import GroupFate, write_part
+from async_rlhf.rollout_table import rows_of, to_batch
 from tests.support.samples import make_scored, make_ticket
 
 CONFIG = Config(batch_groups=8, completions_per_prompt=2, generator=GeneratorConfig(max_inflight=32), max_staleness=1)
@@ -49,142 +45,6 @@ def free_switching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "SWITCHING", 0.0)
 
 
-# The engine
-
-
-def finish_times(
-    adds: dict[float, list[tuple[int, list[float]]]],
-    installs: dict[float, float] | None = None,
-    num_cores: float = math.inf,
-    prompt_s: float = 0.0,
-) -> tuple[dict[int, float], float]:
-    """When each ticket's group is finished, and for how long the engine was busy; steps of n completions take 1 + n seconds."""
-    env, ends = simpy.Environment(), dict[int, float]()
-
-    def on_finished(ticket: Ticket) -> None:
-        ends[ticket.ticket_id] = env.now
-
-    rates = Rates(engine_step_s=1.0, engine_completion_s=1.0, engine_prompt_s=prompt_s)
-    engine = ModelEngine(env, rates, Cores(env, num_cores), on_finished)
-
-    def give():
-        for at, groups in sorted(adds.items()):
-            yield env.timeout(at - env.now)
-            for number, lengths in groups:
-                engine.add(make_ticket(number), lengths)
-            engine.wake()
-
-    def hold():
-        for at, seconds in sorted((installs or {}).items()):
-            yield env.timeout(at - env.now)
-            yield engine.install(seconds)
-
-    env.process(give())
-    env.process(hold())
-    env.run(until=1000)
-    return ends, engine.busy_s
-
-
-def test_a_group_is_finished_with_its_last_completion():
-    """Lengths 3 and 5: three steps of two completions at 3 s, then two steps of one at 2 s."""
-    assert finish_times({0.0: [(0, [3.0, 5.0])]}) == ({0: pytest.approx(13.0)}, pytest.approx(13.0))
-
-
-def test_a_group_that_joins_slows_the_others_down():
-    """One completion alone makes 2 steps in 4 s; then both advance by a step in 3 s: the first one has 2 left, 6 s; the other 1, 2 s."""
-    ends, busy_s = finish_times({0.0: [(0, [4.0])], 4.0: [(1, [3.0])]})
-
-    assert ends == {0: pytest.approx(10.0), 1: pytest.approx(12.0)} and busy_s == pytest.approx(12.0)
-
-
-def test_completions_join_between_two_steps_and_their_prompts_are_read():
-    """One of 3 tokens alone: steps of 2 s, the first 10 s longer for its prompt. Who comes at 13 s waits for the step's end at
-    14 s; then both in 3 s and 10 s for the prompt; the newcomer's second token takes 2 s."""
-    ends, busy_s = finish_times({0.0: [(0, [3.0])], 13.0: [(1, [2.0])]}, prompt_s=10.0)
-
-    assert ends == {0: pytest.approx(27.0), 1: pytest.approx(29.0)} and busy_s == pytest.approx(29.0)
-
-
-def test_an_install_delays_everything_and_is_no_work():
-    """A step until 2 s, 5 s of loading, 3 s of a step with the canary, in which the completion gets its second token; 2 s for the third."""
-    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0})
-
-    assert ends == {0: pytest.approx(12.0)} and busy_s == pytest.approx(4.0)
-
-
-def test_running_completions_are_read_anew_after_an_install():
-    """As above with 10 s for a prompt: in the first step one is read, in the canary's step two."""
-    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0}, prompt_s=10.0)
-
-    assert ends == {0: pytest.approx(12.0 + 30.0)} and busy_s == pytest.approx(14.0)
-
-
-def test_work_that_comes_during_an_install_begins_after_it():
-    """5 s of loading, 2 s of the canary's step, then both in one step of 3 s."""
-    ends, busy_s = finish_times({1.0: [(0, [1.0])], 2.0: [(1, [1.0])]}, installs={0.0: 5.0})
-
-    assert ends == {0: pytest.approx(10.0), 1: pytest.approx(10.0)} and busy_s == pytest.approx(3.0)
-
-
-def test_processes_that_share_a_core_take_turns(free_switching: None):
-    """Two of 1 s and 3 s on one core: both at half speed until 2 s, then one alone for its last 2 s. On two cores nobody waits."""
-    for num_cores, ends in ((1, [2.0, 4.0]), (2, [1.0, 3.0])):
-        env, done = simpy.Environment(), list[float]()
-        cores = Cores(env, num_cores)
-
-        def work(seconds: float, env: simpy.Environment = env, cores: Cores = cores, done: list[float] = done):
-            yield from cores.work(seconds)
-            done.append(env.now)
-
-        for seconds in (1.0, 3.0):
-            env.process(work(seconds))
-        env.run()
-        assert done == [pytest.approx(end) for end in ends] and cores.speed == 1.0
-
-
-def test_taking_turns_costs_core_time():
-    """Two of 1 s on one core: 2.4 s. On two cores nobody takes turns."""
-    for num_cores, end, stretch in ((1, 2.0 * (1 + sharing.SWITCHING), 1 + sharing.SWITCHING), (2, 1.0, 1.0)):
-        env = simpy.Environment()
-        cores = Cores(env, num_cores)
-        for _ in range(2):
-            env.process(cores.work(1.0))
-        env.run()
-        assert (env.now, cores.stretch) == (pytest.approx(end), pytest.approx(stretch))
-
-
-def test_work_ends_however_late_it_is():
-    """A million seconds in, the clock moves in steps of 1e-10 s: a rest below that must not be worked for ever."""
-    env = simpy.Environment(initial_time=1e6)
-    cores = Cores(env, 1)
-    for seconds in (0.1, 1 / 3, 0.7):
-        env.process(cores.work(seconds))
-
-    env.run(until=1e6 + 10)
-
-    assert cores.speed == 1.0 and cores.stretch > 1.0
-
-
-def test_work_that_is_ended_early_says_what_is_left():
-    env, left = simpy.Environment(), list[float]()
-    cores = Cores(env, 1)
-
-    def work():
-        left.append((yield from cores.work(3.0, until=env.timeout(1.0))))
-        left.append((yield from cores.work(left[0])))
-
-    env.process(work())
-    env.run()
-
-    assert left == [pytest.approx(2.0), 0.0] and env.now == pytest.approx(3.0)
-
-
-def test_an_engine_on_half_a_core_takes_twice_as_long(free_switching: None):
-    ends, busy_s = finish_times({0.0: [(0, [3.0, 5.0])]}, num_cores=0.5)
-
-    assert ends == {0: pytest.approx(26.0)} and busy_s == pytest.approx(26.0)
-
-
 # The pipeline
 
 
@@ -198,8 +58,8 @@ def test_a_slow_learner_alone_makes_the_period():
 
 def test_slow_engines_alone_make_the_period():
     """Two engines of 100 tokens a second each, whatever their batch; 8 groups of 2 completions of 10 tokens: .8 s. Of it
-    .17 s go to the canary's step."""
-    config = replace(CONFIG, max_staleness=4, generator=GeneratorConfig(count=2, max_inflight=32))
+    .17 s go to the canary's step, as all 16 seats are taken: twice ten groups are at the engines, of forty that may be on their way."""
+    config = replace(CONFIG, max_staleness=4, generator=GeneratorConfig(count=2, max_inflight=16))
     found = predict(config, replace(FAST, engine_completion_s=0.01), even(), num_updates=20)
 
     assert found.update_s == pytest.approx(0.8, rel=0.02) and found.generator_idle == pytest.approx(0.2, abs=0.03)
@@ -228,12 +88,13 @@ def test_synchronous_training_is_the_sum_of_its_stages():
 
 
 def test_reward_actors_are_a_stage_of_their_own_before_the_scorers():
-    """8 groups of .3 s by one reward actor fill an update; two halve it; the scorer's .1 s overlaps. Synchronously a group passes both."""
-    rates = replace(FAST, reward_call_s=0.3, score_call_s=0.1)
+    """64 groups of 20 tokens, .3 s each, fill an update of one reward actor; two halve it; the .1 s of the engine and of the scorer
+    are beside that. Some ten groups that gathered go in one call: only tokens cost here, and no actor gets all at once."""
+    rates = replace(FAST, engine_completion_s=0.1 / 20, reward_token_s=0.3 / 20, score_token_s=0.1 / 20)
     one, two = (replace(CONFIG, max_staleness=4, batch_groups=64, reward=RewardConfig(count=count)) for count in (1, 2))
     one, two = (replace(each, generator=GeneratorConfig(max_inflight=2)) for each in (one, two))
 
-    slow, fast = (predict(config, rates, even(), num_updates=5) for config in (one, two))
+    slow, fast = (predict(config, rates, even(), num_updates=15) for config in (one, two))
 
     assert (slow.update_s, fast.update_s) == (pytest.approx(64 * 0.3, rel=0.05), pytest.approx(64 * 0.15, rel=0.05))
     assert slow.reward_idle == pytest.approx(0.0, abs=0.02) and slow.scorer_idle == pytest.approx(2 / 3, abs=0.02)
@@ -251,12 +112,32 @@ def test_stages_that_share_one_core_make_the_period_together(free_switching: Non
 
 
 def test_calls_take_core_time_from_the_stages():
-    """Training of 1 s on a core of its own; on one core the calls' work comes on top, however many they are."""
+    """Training of 1 s on a core of its own; on one core the calls' work comes on top, however many they are. That of five calls is
+    in rates: to install, to take, to train, to publish, to book."""
     rates = replace(FAST, step_fixed_s=1.0, call_work_s=0.01)
 
     found = predict(CONFIG, rates, even(), num_updates=10, num_cores=1)
 
-    assert found.calls > 5 and found.update_s > 1.0 + 0.01 * found.calls
+    assert found.calls > 10 and found.update_s > 1.0 + 0.01 * (found.calls - 5)
+
+
+def test_groups_that_finish_together_cost_the_calls_of_one():
+    """All groups of an update end with the same step: to ask for room, to grant, to submit, to collect, to note, to score, to put; and to
+    learn of a version, to install it, to note it; and the learner's five."""
+    found = predict(replace(CONFIG, max_staleness=0), replace(FAST, engine_completion_s=0.01), even(), num_updates=10)
+
+    assert found.calls == 7 + 3 + 5
+
+
+def test_finished_groups_wait_for_others_for_a_tenth_of_an_update():
+    """An engine of four seats, always at work, asks for each of 32 groups by itself: 3 calls each. What finishes goes on at most ten times
+    an update, 4 calls each, and without waiting would go nearly as often as there are groups. The version and the learner: 3 + 5."""
+    config = replace(CONFIG, max_staleness=4, batch_groups=32, generator=GeneratorConfig(max_inflight=4))
+    spread = lognormal_lengths(median=10, sigma=0.8, prompt_tokens=0.0, config=config)
+
+    found = predict(config, replace(FAST, engine_completion_s=0.01), spread, num_updates=20)
+
+    assert 4 * 5 < found.calls - (32 * 3 + 3 + 5) <= 4 * 10 and found.generator_idle < 0.02
 
 
 def test_ties_cost_samples():
@@ -412,7 +293,7 @@ def test_rates_on_shared_cores_are_processor_time():
     rates = measured_rates(measured_rows(), CONFIG, even(prompt=5.0), shared_cores=True)
 
     assert (rates.engine_step_s, rates.engine_completion_s) == (pytest.approx(0.01), pytest.approx(0.001))
-    assert rates.engine_prompt_s == pytest.approx(0.002 + 0.125 / 16)
+    assert (rates.engine_prompt_s, rates.engine_beside_s) == (pytest.approx(0.002), pytest.approx(0.125 / 16))
     assert (rates.train_token_s, rates.optimizer_s) == (pytest.approx(0.15 / 240), pytest.approx(0.025))
     assert rates.score_token_s == pytest.approx(0.1 / (8 * 30))
     assert (rates.take_s, rates.export_s, rates.book_s) == (pytest.approx(0.05), pytest.approx(0.025), pytest.approx(0.075))
@@ -432,7 +313,7 @@ def test_on_shared_cores_a_call_takes_what_driver_and_queue_worked_for_it():
     rates = calibrated_rates(measured_rows(), CONFIG, even(prompt=5.0), num_cores=1)
     found = predict(CONFIG, rates, even(prompt=5.0), num_updates=20, num_cores=1)
 
-    assert rates.call_s == SHARED_CALL_S and found.stretch > 1.0
+    assert rates.call_s == 0.0 and found.stretch > 1.0
     assert rates.call_work_s * found.calls * found.stretch == pytest.approx(0.1, rel=0.05)
     assert rates.engine_step_s * found.stretch == pytest.approx(0.01, rel=0.05)
 
@@ -477,7 +358,7 @@ def test_rates_that_are_none_are_refused(tmp_path: Path, text: str, message: str
 
 def test_lengths_come_from_the_dataset_of_a_run(tmp_path: Path):
     groups = [make_scored(make_ticket(number), scores=(1.0, 1.0 if number == 0 else 0.0)) for number in range(3)]
-    write_part(tmp_path / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+    write_part(tmp_path / "rollouts", 0, [GroupFate(rows=each, fate="trained", update=0, position=0) for each in rows_of(to_batch(groups))])
 
     lengths = measured_lengths(tmp_path, CONFIG)
 
@@ -514,7 +395,7 @@ def test_how_ties_go_on_is_read_off_the_scores(tmp_path: Path):
     """Scores of three completions: all equal, one apart, two apart from each other. Without one of them 3, 1 and 0 of 3 rests are tied."""
     of_groups = ((1.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 2.0))
     groups = [make_scored(make_ticket(number), scores=scores) for number, scores in enumerate(of_groups)]
-    write_part(tmp_path / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+    write_part(tmp_path / "rollouts", 0, [GroupFate(rows=each, fate="trained", update=0, position=0) for each in rows_of(to_batch(groups))])
 
     lengths = measured_lengths(tmp_path, replace(CONFIG, completions_per_prompt=3))
 
@@ -591,7 +472,7 @@ def plan_run(folder: Path) -> Path:
     (folder / "config.yaml").write_text(to_yaml(CONFIG))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured_rows()))
     groups = [make_scored(make_ticket(number)) for number in range(3)]
-    write_part(folder / "rollouts", 0, [GroupFate(scored=each, fate="trained", update=0, position=0) for each in groups])
+    write_part(folder / "rollouts", 0, [GroupFate(rows=each, fate="trained", update=0, position=0) for each in rows_of(to_batch(groups))])
     return folder
 
 
