@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from actors.canary import shapes_of_folder, versions_with_room
 from actors.crew import Crew
+from actors.environment import SCORER_NICENESS
 from actors.generator import Generator
 from actors.launch import ActorSpec, first_failure, ready
 from actors.learner_crew import LearnerCrew
@@ -21,6 +22,8 @@ from actors.training_state import TrainingStateStore
 from actors.transport import ByGroup, ByReference
 from actors.weight_broadcaster import KEPT_VERSIONS, WeightBroadcaster
 from async_rlhf.checkpoints import Checkpoint
+from async_rlhf.config.rewards import RewardConfig
+from async_rlhf.config.schema import ScorerConfig
 from async_rlhf.run_plan import RunPlan
 
 
@@ -35,18 +38,24 @@ class Cast:
         self._num_kept = KEPT_VERSIONS
         config, folder = plan.config, str(plan.model_folder)
 
-        def scorer(place: str) -> Callable[[str], ActorSpec]:
-            of, args = config.scorer, (config, folder, plan.reward, plan.metric)
-            return lambda name: ActorSpec(name=name, place=place, cls=Scorer, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
+        def taker(name: str, cls: type, of: ScorerConfig | RewardConfig, *args: object) -> Member:
+            def spec(incarnation: str) -> ActorSpec:
+                return ActorSpec(
+                    name=incarnation,
+                    place=name,
+                    cls=cls,
+                    args=(config, folder, *args),
+                    num_cpus=of.num_cpus,
+                    num_gpus=of.num_gpus,
+                    niceness=SCORER_NICENESS,
+                )
 
-        def rater(place: str) -> Callable[[str], ActorSpec]:
-            of, args = config.reward, (config, folder, plan.reward)
-            return lambda name: ActorSpec(name=name, place=place, cls=Rater, args=args, num_cpus=of.num_cpus, num_gpus=of.num_gpus)
+            return Member(supervisor, name, spec)
 
         queue_args = (config, folder, str(plan.run_folder), plan.session)
         self.roster = Roster([self.generator(index) for index in range(config.generator.count)])
-        self.scorers = [Member(supervisor, name, scorer(name)) for name in _numbered("scorer", config.scorer.count)]
-        self.rewards = [Member(supervisor, name, rater(name)) for name in _numbered("reward", config.reward.count)]
+        self.scorers = [taker(name, Scorer, config.scorer, plan.reward, plan.metric) for name in _numbered("scorer", config.scorer.count)]
+        self.rewards = [taker(name, Rater, config.reward, plan.reward) for name in _numbered("reward", config.reward.count)]
         self.queue = Member(supervisor, "replay_queue", lambda name: ActorSpec(name=name, cls=ReplayQueue, args=queue_args, near=HERE))
         self.broadcaster = Member(
             supervisor,

@@ -5,6 +5,7 @@ token, and ends it with the run.
 """
 
 import asyncio
+import gc
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import ray
 
+from actors.environment import ACTOR_ENVIRONMENT, exported, give_way
 from actors.placement import Placement
 from actors.remote import CONTROL_GROUP, WEIGHTS_GROUP, Process, RemoteActor, kill, last_line, within
 from async_rlhf.config import Config
@@ -37,17 +39,6 @@ HEAD_PROBE_S = 5.0
 HEAD_SILENCE_S = 20.0
 """After a minute without its head, Ray ends this process on the spot, without a word and without a summary."""
 
-ACTOR_ENVIRONMENT = {
-    # One thread per process: two processes with two threads each are many times slower than with one (barriers spin).
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ActorSpec:
@@ -66,6 +57,8 @@ class ActorSpec:
     """Which reserved place it takes; empty: `name`. A restarted actor takes that of the one before."""
     group: str = ""
     """Places of one group are packed onto few nodes; empty: the place is on its own."""
+    niceness: int = 0
+    """In a Ray of our own; see environment.give_way. On another's, its administrator says who gives way to whom."""
     near: str = ""
     """Of an actor that reserves nothing: the place, or placement.HERE, on whose node it best is; empty: anywhere."""
 
@@ -82,6 +75,9 @@ class Cluster:
     local_folder: Path | None
     """Session folder of a Ray of our own, token included; None when we joined one."""
     environment: Mapping[str, str]
+    """What actors do not have from their nodes already."""
+    has_gpus: bool
+    """Whether a node has any, or may have: actors that asked for none shall not see them."""
     placement: Placement
     _head_lost: bool = False
     _actors: list[RemoteActor] = field(default_factory=list[RemoteActor])
@@ -152,14 +148,16 @@ class Cluster:
             "num_cpus": spec.num_cpus,
             "num_gpus": spec.num_gpus,
             "max_restarts": 0,
-            "runtime_env": {"env_vars": {**self.environment, **({} if spec.num_gpus else {"CUDA_VISIBLE_DEVICES": ""})}},
         }
+        if environment := {**self.environment, **({"CUDA_VISIBLE_DEVICES": ""} if self.has_gpus and not spec.num_gpus else {})}:
+            options["runtime_env"] = {"env_vars": environment}
         if spec.max_concurrency is not None:
             options["max_concurrency"] = spec.max_concurrency
         options["scheduling_strategy"] = self.placement.strategy(spec.place, spec.near)
         threads = {CONTROL_GROUP: 1} | ({WEIGHTS_GROUP: 1} if spec.sends_weights else {})
         remote: Any = ray.remote  # its stubs know no concurrency groups
-        actor = RemoteActor(remote(concurrency_groups=threads)(spec.cls).options(**options).remote(*spec.args), spec.name)
+        handle = remote(concurrency_groups=threads)(spec.cls).options(**options).remote(*spec.args)
+        actor = RemoteActor(handle, spec.name, spec.niceness if self.local_folder is not None else 0)
         self._actors.append(actor)
         return actor
 
@@ -206,7 +204,7 @@ async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], 
 
     async def construct() -> None:
         try:
-            actor.process = await actor.handle.__ray_call__.remote(_process)
+            actor.process = await actor.handle.__ray_call__.remote(_settled, actor.niceness)
         except Exception as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, PERMANENT) and not isinstance(cause, JournalLockedError):
@@ -217,7 +215,11 @@ async def ready(actor: RemoteActor, timeout_s: float, on_ready: Callable[[str], 
     on_ready(actor.name)
 
 
-def _process(_: Any) -> Process:
+def _settled(_: Any, niceness: int) -> Process:
+    give_way(niceness)
+    # What imports and constructors made stays: each full collection would look through all of it, 80 ms in the queue, for nothing.
+    gc.collect()
+    gc.freeze()
     own = psutil.Process()
     return Process(node_id=ray.get_runtime_context().get_node_id(), pid=own.pid, started_at=own.create_time())
 
@@ -241,23 +243,25 @@ def connect(config: Config, run_id: str, session: Path | None, say: Callable[[st
     Raises:
         RunError: there is no Ray at RAY_ADDRESS.
     """
-    environment = {**ACTOR_ENVIRONMENT, **config.env}
     namespace = f"async_rlhf_{run_id}"
     settings: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if session is None:
-        address = os.environ["RAY_ADDRESS"]
+        address, environment = os.environ["RAY_ADDRESS"], {**ACTOR_ENVIRONMENT, **config.env}
         try:
             context: Any = ray.init(address=address, **settings)
         except Exception as error:
             raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={address}: {last_line(error)}") from error
     else:
-        environment["PYTHONPATH"] = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if part)
-        context = _start_local(config, session, settings)
+        path = os.pathsep.join(part for part in (str(CHECKOUT), os.environ.get("PYTHONPATH", "")) if part)
+        environment = {**config.env, "PYTHONPATH": path} if config.env else {}
+        with exported({**ACTOR_ENVIRONMENT, "PYTHONPATH": path}):
+            context = _start_local(config, session, settings)
     return Cluster(
         namespace=namespace,
         address=str(context.address_info["address"]),
         local_folder=session,
         environment=environment,
+        has_gpus=session is None or ray.cluster_resources().get("GPU", 0) > 0,
         placement=Placement(config.timeouts.place_s, autoscales=config.run.autoscale, own=session is not None, say=say),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from actors.environment import LEARNER_NICENESS
 from actors.launch import ActorSpec, first_failure, ready
 from actors.remote import RemoteActor, kill_process
 from actors.supervision import LOST, Supervisor
@@ -73,6 +74,7 @@ class LearnerCrew:
                 args=(self._config, str(self._plan.model_folder), rank),
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
+                niceness=LEARNER_NICENESS,
                 sends_weights=self._config.weights.by_group and rank == 0,
             )
             for rank in range(settings.num_ranks)

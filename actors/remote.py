@@ -42,9 +42,11 @@ class Process:
 class RemoteActor:
     """An actor behind its Ray handle."""
 
-    def __init__(self, handle: Any, name: str) -> None:
+    def __init__(self, handle: Any, name: str, niceness: int = 0) -> None:
         self.handle = handle
         self.name = name
+        self.niceness = niceness
+        """Added to what Ray gives its process, once it is ready."""
         self.process: Process | None = None
         """Known once it is ready."""
 

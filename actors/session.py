@@ -38,6 +38,12 @@ def open_session() -> Path | None:
     # names of a million that it has forgotten.
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "5000")
     os.environ.setdefault("RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs", "5000")
+    # What nobody holds any more is free at once, not up to a second later: a new version of the weights goes where the one before the last
+    # was. Memory that is new to the store costs ten times as much to write.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+    # More than this process's. By default 15, so low that whatever else wakes takes the core from the engine in the middle of a step; who
+    # shall give way to whom is said in environment.py.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     folder = make_session_folder()
     token = folder / "token"
     token.touch(mode=0o600)

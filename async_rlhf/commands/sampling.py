@@ -26,15 +26,8 @@ from async_rlhf.types import Prompt, Rollout
 if TYPE_CHECKING:
     from actors.generator import Generator
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Libraries that talk about themselves.
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "DS_LOG_LEVEL": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "DS_LOG_LEVEL": "error"}
+"""Of libraries that talk about themselves."""
 LOOK_S = 0.2
 """Seconds between two looks at how far the sampling is."""
 
@@ -75,7 +68,9 @@ def policy_of(model: Path, words: list[str]) -> FinishedPolicy:
 
 def prepare_process() -> None:
     """Make libraries fast and silent; before the engine is imported, which reads the environment then."""
-    for name, value in ENVIRONMENT.items():
+    from actors.environment import ACTOR_ENVIRONMENT
+
+    for name, value in (ACTOR_ENVIRONMENT | QUIET).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 

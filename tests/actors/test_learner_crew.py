@@ -103,7 +103,7 @@ def test_only_rank_0_has_threads_that_send_weights_and_only_where_it_sends_them(
 
     monkeypatch.setattr(ray, "remote", remote)
     placement: Any = SimpleNamespace(strategy=lambda place, near: None)
-    cluster = Cluster(namespace="n", address="a:1", local_folder=None, environment={}, placement=placement)
+    cluster = Cluster(namespace="n", address="a:1", local_folder=None, environment={}, has_gpus=False, placement=placement)
 
     for spec in Stage(tmp_path, f"weights.transport={transport}").crew.next_specs():
         cluster.start(spec)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors.environment import LEARNER_NICENESS, SCORER_NICENESS
 from async_rlhf.audit import audit
 from async_rlhf.commands.guard import HEARTBEAT
 from tests.support.command import CHECKOUT, command, environment, ray_processes, rows_of, run_cli, summary_of
@@ -24,13 +25,26 @@ WORDS = (
 )
 
 
-def generator_processes() -> int:
-    """How many of these tests' processes host a generator."""
-    titles: list[str] = []
+def hosts_of(kind: str) -> list[psutil.Process]:
+    """Those of these tests' processes that host such an actor."""
+    found: list[psutil.Process] = []
     for pid in ray_processes():
         with suppress(psutil.Error):
-            titles.append(" ".join(psutil.Process(pid).cmdline()))
-    return sum(re.match(r"ray::Generator\b", title) is not None for title in titles)
+            process = psutil.Process(pid)
+            if re.match(rf"ray::{kind}\b", " ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
+def generator_processes() -> int:
+    """How many of these tests' processes host a generator."""
+    return len(hosts_of("Generator"))
+
+
+def assert_who_gives_way(driver: int) -> None:
+    """The learner and the scorer do, the generator and the queue are as nice as the driver."""
+    kinds = {"Generator": 0, "ReplayQueue": 0, "LearnerRank": LEARNER_NICENESS, "Scorer": SCORER_NICENESS}
+    assert {kind: [process.nice() - driver for process in hosts_of(kind)] for kind in kinds} == {kind: [of] for kind, of in kinds.items()}
 
 
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.long)])
@@ -63,6 +77,7 @@ def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_
     try:
         more_rows(2)
         assert generator_processes() == 1
+        assert_who_gives_way(psutil.Process(driver.pid).nice())
 
         up = run_cli("scale", str(folder), "generators=2")
         assert up.code == 0 and "generators 1 -> 2 after" in up.output, up.output

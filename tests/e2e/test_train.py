@@ -30,7 +30,8 @@ def test_asynchronous_dpo_learns_within_its_staleness_bound_and_leaves_a_complet
     assert summary["final_accuracy"] > summary["start_accuracy"] + 0.05
     assert [row["update"] for row in rows] == list(range(30))
     assert max(row["queue/staleness_max"] for row in rows) == summary["staleness_max"] == 1
-    assert summary["generator_idle_share"] < 0.6, "the generator must be busy while the learner steps"
+    lag = sum(row["queue/staleness_mean"] for row in rows) / len(rows)
+    assert lag > 0.3, "the generator must be busy while the learner steps: a synchronous run has none"
     assert summary["prompts"] == 30 * 64 and summary["completions"] == 30 * 64 * 4
     for name in (
         "config.yaml",

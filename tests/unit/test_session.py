@@ -40,3 +40,17 @@ def test_the_head_of_our_own_ray_remembers_a_bounded_number_of_calls_or_as_many_
         "RAY_task_events_max_num_task_in_gcs": "7",
         "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs": "5000",
     }
+
+
+@pytest.mark.parametrize("name", ["RAY_free_objects_period_milliseconds", "RAY_worker_niceness"])
+@pytest.mark.parametrize("wanted", [None, "500"], ids=["by default", "as the user says"])
+def test_our_own_ray_frees_memory_at_once_and_keeps_its_workers_niceness_low_unless_the_user_says_otherwise(
+    name: str, wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment = {} if wanted is None else {name: wanted}
+    monkeypatch.setattr("os.environ", environment)
+
+    session.open_session()
+
+    assert environment[name] == (wanted or "0")
