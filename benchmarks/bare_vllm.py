@@ -18,7 +18,7 @@ def seed_of(index: int) -> int:
 
 
 def engine_arguments(config: Config) -> dict[str, Any]:
-    """Those that our engine has, as its user would write them."""
+    """Those that our engine has, as its user would write them; without the canary's priority."""
     return {
         "skip_tokenizer_init": True,
         "dtype": config.generator.dtype,
@@ -47,8 +47,8 @@ class Bare:
         """Wait until it is."""
         assert self._here.recv() == "ready"
 
-    def sample(self, prompts: Sequence[Sequence[int]]) -> tuple[float, int]:
-        """Seconds, and completion tokens."""
+    def sample(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+        """Of each group, in the order in which they ended: the time, seconds, and its completion tokens."""
         self._here.send(prompts)
         return self._here.recv()
 
@@ -66,7 +66,7 @@ def serve_bare(pipe: Connection, folder: str, config: Config, overrides: Mapping
     engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **(engine_arguments(config) | dict(overrides))))
     pipe.send("ready")
     while (prompts := pipe.recv()) is not None:
-        began, num_tokens = time.perf_counter(), 0
+        ends: list[tuple[float, int]] = []
         for index, ids in enumerate(prompts):
             parameters = SamplingParams(
                 n=config.completions_per_prompt,
@@ -82,6 +82,6 @@ def serve_bare(pipe: Connection, folder: str, config: Config, overrides: Mapping
             engine.add_request(str(index), {"prompt_token_ids": ids}, parameters)
         while engine.has_unfinished_requests():
             outputs: list[Any] = engine.step()
-            for output in outputs:
-                num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-        pipe.send((time.perf_counter() - began, num_tokens))
+            now = time.perf_counter()
+            ends += [(now, sum(len(completion.token_ids) for completion in output.outputs)) for output in outputs]
+        pipe.send(ends)

@@ -57,22 +57,32 @@ def sides(ours: "Ours", bare: Bare) -> Generator[None]:
         bare.close()
 
 
+def rate(ends: Sequence[tuple[float, int]]) -> float:
+    """Tokens per second of the middle half of the groups: a run of training neither begins nor ends all the time.
+
+    From one arrival to another, as several groups arrive at once.
+    """
+    began, ended = ends[len(ends) // 4][0], ends[3 * len(ends) // 4][0]
+    return sum(num_tokens for at, num_tokens in ends if began < at <= ended) / (ended - began)
+
+
 def measure(ours: "Ours", bare: Bare, config: Config, kind: str, target_s: float, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
     """Ours over bare, and tokens per second of each; as many prompts as bare vLLM needs about `target_s` for."""
     size = config.completions_per_prompt
-    num = max(2, 2 * config.generator.max_inflight // size)
+    num = max(8, 2 * config.generator.max_inflight // size)
     bare.sample(make_prompts(kind, num))
-    took_s, _ = bare.sample(make_prompts(kind, num))  # warm
-    prompts = make_prompts(kind, max(2 * num, round(num * target_s / took_s)))
-    expected = bare.sample(prompts)[1]
+    ends = bare.sample(make_prompts(kind, num))  # warm
+    prompts = make_prompts(kind, max(2 * num, round(num * target_s / (ends[-1][0] - ends[0][0]))))
+    expected = sum(num_tokens for _, num_tokens in bare.sample(prompts))
 
-    def rate(side: "Ours | Bare") -> float:
-        took_s, num_tokens = side.sample(prompts)
+    def sample(side: "Ours | Bare") -> float:
+        ends = side.sample(prompts)
+        num_tokens = sum(num_tokens for _, num_tokens in ends)
         assert abs(num_tokens / expected - 1) < SAME, f"{side} sampled {num_tokens} tokens, bare vLLM before {expected}"
-        return num_tokens / took_s
+        return rate(ends)
 
-    rate(ours)
-    found = in_turn({"ours": lambda: rate(ours), "bare": lambda: rate(bare)}, rounds)
+    sample(ours)
+    found = in_turn({"ours": lambda: sample(ours), "bare": lambda: sample(bare)}, rounds)
     return ratios(found["ours"], found["bare"]), found
 
 
@@ -86,7 +96,8 @@ def main() -> None:
     session = open_session()  # before Ray is imported
     from produce_alone import Ours
 
-    from actors.launch import ACTOR_ENVIRONMENT, connect
+    from actors.environment import ACTOR_ENVIRONMENT
+    from actors.launch import connect
 
     os.environ.update(ACTOR_ENVIRONMENT)
     batches = arguments.batches or ((8, GOAL_BATCH, 256) if arguments.quick else BATCHES)

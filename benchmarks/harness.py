@@ -9,15 +9,19 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WIDTH = 140
@@ -73,9 +77,9 @@ def command_line(description: str | None, quick: str) -> argparse.ArgumentParser
     return parser
 
 
-def in_turn(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(measures: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """What each measure gave in each round. Every other round goes backwards, so that a drift of the machine favours none."""
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    found: dict[str, list[T]] = {name: [] for name in measures}
     for number in range(rounds):
         for name in list(measures)[:: 1 if number % 2 == 0 else -1]:
             found[name].append(measures[name]())
@@ -103,8 +107,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], n
 
 
 def console(what: Table | str) -> None:
-    """Print at the same width wherever it goes."""
-    Console(width=WIDTH).print(what, markup=False, highlight=False)
+    """Print at the same width wherever it goes; a table that needs more has more, as a figure that is cut says nothing."""
+    width = WIDTH if isinstance(what, str) else max(WIDTH, Console(width=sys.maxsize).measure(what).maximum)
+    Console(width=width).print(what, markup=False, highlight=False)
 
 
 def finish(arguments: argparse.Namespace, metrics: Mapping[str, float], goals: Sequence[Goal] = ()) -> None:

@@ -7,14 +7,17 @@ Three regimes, by completions per prompt and passes over a batch: one bound by g
     efficiency = ideal / measured seconds of an update,    ideal = max(t_gen, t_learn + t_gather + t_score)
 
 where the parts of the ideal are measured apart (stages.py: without Ray, queue and driver, the other core as busy as in a run), before and
-after the runs, and the update in real runs (`async-rlhf train`, pipeline_runs.py), from the first settled update to the last one beside
-which tickets still go out. One generator, one learner rank and one scorer on two cores: the scorer shares the learner's. Where the
-generator's core has time left the scorer uses it, so that training-bound runs may be faster than that ideal; `efficiency_free` is
-against the stricter one that a scheduler without any cost would reach, max(t_gen, t_learn + t_gather, half of everything).
+(without --quick) after the runs, and the update in real runs (`async-rlhf train`, pipeline_runs.py), from the first settled update to the
+last one beside which tickets still go out. One generator, one learner rank and one scorer on two cores: the scorer shares the learner's.
+Both are of completions as long as the run's. Where the generator's core has time left the scorer uses it, so training-bound runs may be
+faster than that ideal; `efficiency_free` is against the stricter one that a scheduler without any cost would reach, max(t_gen, t_learn +
+t_gather, half of everything).
 
 A policy of random weights and 0.9M parameters, prompts of 4 to 6 tokens, completions that end by chance (geometric, 55 tokens in the mean,
-at most 128): updates of two to four seconds. Longer ones, the usual case, waste less: see the table in which the batch grows.
-Checkpoints and evaluations are left out.
+at most 128): updates of two to five seconds. The tables of growth have other batches, and a policy of 5M parameters. Checkpoints and
+evaluations are left out.
+
+Not in the ideal: each generator installs each version, and reads what it is in the middle of anew under it; `install s` is that.
 """
 
 import argparse
@@ -42,11 +45,15 @@ REGIMES: Mapping[str, Sequence[str]] = {
 }
 GROWTH = (8, 24)
 """Batches, beside that of the balanced regime."""
+POLICY, LARGER_POLICY = {"hidden_size": 128, "num_layers": 4}, {"hidden_size": 256, "num_layers": 6}
+"""Of 0.9 and of 5 million parameters."""
+LARGER = ["batch_groups=32", "completions_per_prompt=4", "generator.max_inflight=64"]
+"""Balances the larger policy."""
 STALENESS = (2, 1, 4)
-SKIPPED = 3
+SKIPPED, QUICK_SKIPPED = 3, 2
 """Updates until the queue is full and the engines are warm."""
-MEASURED_UPDATES, QUICK_UPDATES = 12, 6
-STAGE_S, QUICK_STAGE_S = 10.0, 5.0
+MEASURED_UPDATES, QUICK_UPDATES = 6, 3
+STAGE_S, QUICK_STAGE_S = 6.0, 4.0
 READINGS = (
     "queue/wait_s",
     "train/take_s",
@@ -66,10 +73,10 @@ BLOCKS = 3
 
 
 class Bench:
-    """Runs and stages of one policy."""
+    """Runs and stages of one policy, that of `shape`."""
 
-    def __init__(self, start: Path, quick: bool) -> None:
-        self._start = start
+    def __init__(self, folder: Path, quick: bool, shape: Mapping[str, int]) -> None:
+        self._start = make_start(folder, **shape)
         self._quick = quick
 
     def stages(self, settings: Sequence[str]) -> StageTimes:
@@ -77,9 +84,9 @@ class Bench:
 
     def run(self, settings: Sequence[str], max_staleness: int) -> Measured:
         tail = max_staleness + 1
-        updates = SKIPPED + (QUICK_UPDATES if self._quick else MEASURED_UPDATES) + tail
+        skipped, measured = (QUICK_SKIPPED, QUICK_UPDATES) if self._quick else (SKIPPED, MEASURED_UPDATES)
         fixed = [f"model.path={self._start}", f"max_staleness={max_staleness}"]
-        return run_pipeline([*COMMON, *settings, *fixed], updates=updates, skip=SKIPPED, tail=tail)
+        return run_pipeline([*COMMON, *settings, *fixed], updates=skipped + measured + tail, skip=skipped, tail=tail)
 
 
 def mean_of(measured: Sequence[StageTimes]) -> StageTimes:
@@ -88,10 +95,15 @@ def mean_of(measured: Sequence[StageTimes]) -> StageTimes:
     return StageTimes(**{name: statistics.fmean(getattr(each, name) for each in measured) for name in names})
 
 
-def efficiency(ideal_s: float, run: Measured) -> Spread:
-    """Of the whole run, and of its best and its worst block of updates."""
-    blocks = [ideal_s / seconds for seconds in run.blocks_s(BLOCKS)]
-    return Spread(ideal_s / run.update_s, min(blocks), max(blocks))
+def for_run(times: StageTimes, run: Measured) -> StageTimes:
+    """For completions as long as the run's were."""
+    return times.at(run.mean("rollout/length_tokens"))
+
+
+def efficiency(measured: Sequence[StageTimes], run: Measured) -> Spread:
+    """Of the whole run; the lowest ideal over its worst block of updates; the highest over its best."""
+    ideals, blocks = [for_run(times, run).ideal_s for times in measured], run.blocks_s(BLOCKS)
+    return Spread(for_run(mean_of(measured), run).ideal_s / run.update_s, min(ideals) / max(blocks), max(ideals) / min(blocks))
 
 
 def measure_regimes(bench: Bench, names: Sequence[str], staleness: Sequence[int]) -> tuple[dict[str, float], dict[str, Measured]]:
@@ -106,20 +118,22 @@ def measure_regimes(bench: Bench, names: Sequence[str], staleness: Sequence[int]
         of_name: dict[int, Measured] = {}
         for eta in staleness:
             of_name[eta] = bench.run(settings, eta)
-            console(f"{name}, staleness {eta}: {of_name[eta].update_s:.3f} s, ideal {before.ideal_s:.3f} s")
-        times = mean_of([before] if len(staleness) == 1 else [before, bench.stages(settings)])
+            console(f"{name}, staleness {eta}: {of_name[eta].update_s:.3f} s, ideal {for_run(before, of_name[eta]).ideal_s:.3f} s")
+        stages = [before] if len(staleness) == 1 else [before, bench.stages(settings)]
         runs[name] = of_name[staleness[0]]
+        times = for_run(mean_of(stages), runs[name])
         cells: list[object] = []
         for eta, run in sorted(of_name.items()):
-            found = efficiency(times.ideal_s, run)
+            found = efficiency(stages, run)
             suffix = "" if eta == STALENESS[0] else f"_staleness_{eta}"
             metrics |= {f"efficiency_{name}{suffix}": found.median, f"update_s_{name}{suffix}": run.update_s}
             cells.append(found)
         metrics[f"efficiency_free_{name}"] = times.free_ideal_s / runs[name].update_s
         parts = (times.generate_s, times.train_s, times.gather_s, times.score_s)
         idle = f"{runs[name].mean('generate/idle_share'):.0%}/{runs[name].mean('train/idle_share'):.0%}"
-        rows.append((name, *(f"{part:.2f}" for part in parts), times.ideal_s, runs[name].update_s, idle, *cells))
-    columns = ("regime", "t_gen", "t_learn", "t_gather", "t_score", "ideal s", "update s", "idle g/l")
+        seconds = (times.ideal_s, runs[name].mean("weights/install_s"), runs[name].update_s)
+        rows.append((name, *(f"{part:.2f}" for part in (*parts, *seconds)), idle, *cells))
+    columns = ("regime", "t_gen", "t_learn", "t_gather", "t_score", "ideal s", "install s", "update s", "idle g/l")
     show(
         "Efficiency: ideal / measured", (*columns, *(f"staleness {eta}" for eta in sorted(staleness))), rows, "update s, idle: staleness 2"
     )
@@ -152,15 +166,26 @@ def measure_growth(bench: Bench, largest: Measured) -> dict[str, float]:
     ideals: list[float] = []
     for size in sizes:
         wanted = [*settings, f"batch_groups={size}"]
-        times = bench.stages(wanted)
         run = largest if size == sizes[-1] else bench.run(wanted, STALENESS[0])
+        times = for_run(bench.stages(wanted), run)
         seconds.append(run.update_s)
         ideals.append(times.ideal_s)
-        rows.append((size, times.ideal_s, run.update_s, efficiency(times.ideal_s, run)))
+        rows.append((size, times.ideal_s, run.update_s, efficiency([times], run)))
         metrics[f"efficiency_at_{size}_groups"] = times.ideal_s / run.update_s
     slopes = f"groups ^ {growth(sizes, seconds):.2f} measured, ^ {growth(sizes, ideals):.2f} ideal"
     show("The balanced regime as the batch grows, staleness 2", ("groups", "ideal s", "update s", "efficiency"), rows, slopes)
     return metrics | {"growth_measured": growth(sizes, seconds), "growth_ideal": growth(sizes, ideals)}
+
+
+def measure_larger(bench: Bench) -> dict[str, float]:
+    """A balanced run of a policy whose steps take longer, so that calls weigh less, and reading anew weighs more."""
+    run = bench.run(LARGER, STALENESS[0])
+    times = for_run(bench.stages(LARGER), run)
+    found = efficiency([times], run)
+    columns = ("policy", "t_gen", "t_learn", "t_score", "ideal s", "install s", "update s", "efficiency")
+    parts = (times.generate_s, times.train_s, times.score_s, times.ideal_s, run.mean("weights/install_s"), run.update_s)
+    show("A larger policy, balanced, staleness 2", columns, [("5M", *(f"{part:.2f}" for part in parts), found)])
+    return {"efficiency_of_a_larger_policy": found.median}
 
 
 def main() -> None:
@@ -170,11 +195,12 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(REGIMES)
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(make_start(Path(temporary) / "start"), arguments.quick)
+        bench = Bench(Path(temporary) / "start", arguments.quick, POLICY)
         metrics, runs = measure_regimes(bench, names, STALENESS[:1] if arguments.quick else STALENESS)
         metrics |= show_profile(runs)
         if not arguments.quick and "balanced" in runs:
             metrics |= measure_growth(bench, runs["balanced"])
+            metrics |= measure_larger(Bench(Path(temporary) / "larger", arguments.quick, LARGER_POLICY))
     console(f"updates measured per run: {QUICK_UPDATES if arguments.quick else MEASURED_UPDATES}")
     finish(arguments, metrics, [Goal(metric=f"efficiency_{name}", at_least=0.95) for name in names])
 

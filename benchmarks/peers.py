@@ -20,6 +20,8 @@ beside training, and goes on.
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -264,11 +266,13 @@ def main() -> None:
             tune(case, python)
         return
     known = json.loads(arguments.json.read_text()).get("rounds", {}) if arguments.json and arguments.json.is_file() else {}
+    failed: list[str] = []
     for name, case in cases.items():
         try:
             known[name] = measure(case, python, 1 if arguments.quick else arguments.rounds, known.get(name, {}))
-        except ValueError as error:
+        except (ValueError, RuntimeError, subprocess.TimeoutExpired) as error:  # the other cases' figures are worth their time
             console(f"{name}: {error}")
+            failed.append(name)
             continue
         console("  ".join(map(str, summary(case, known[name])[1])))
         if arguments.json:
@@ -281,6 +285,8 @@ def main() -> None:
     finish(arguments, {metric: value for metrics, _ in summaries for metric, value in metrics.items()}, GOALS)
     if arguments.json:
         arguments.json.write_text(json.dumps({**json.loads(arguments.json.read_text()), "rounds": known}, indent=2) + "\n")
+    if failed:
+        sys.exit(f"not measured, for the reasons above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,11 @@ def train_trl(python: Path, settings: Mapping[str, Any]) -> Rows:
 
 
 def run(line: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """The command's output; exits with its last words where it fails, or takes longer than LIMIT_S."""
+    """The command's output.
+
+    Raises:
+        RuntimeError: it failed; with its last words. TimeoutExpired: it took longer than LIMIT_S.
+    """
     own = {**os.environ, **(environment or {})}
     with subprocess.Popen(line, cwd=CHECKOUT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -79,7 +83,7 @@ def run(line: Sequence[str], environment: Mapping[str, str] | None = None) -> st
             process.terminate()
             raise
     if process.returncode:
-        raise SystemExit(f"{' '.join(line)} failed:\n{output[-3000:]}")
+        raise RuntimeError(f"{' '.join(line)} failed:\n{output[-3000:]}")
     return output
 
 

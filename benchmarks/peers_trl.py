@@ -100,6 +100,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
 
 def make_watch(settings: dict[str, Any], tokenizer: Any, lengths: list[int]) -> Any:
     """The callback that tells the time after each update, and the accuracy where it is asked for."""
+    from accelerate.utils import broadcast_object_list
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -113,8 +114,9 @@ def make_watch(settings: dict[str, Any], tokenizer: Any, lengths: list[int]) -> 
             row = {"update": state.global_step, "time_s": time_s, "length_tokens": sum(lengths) / max(1, len(lengths))}
             lengths.clear()
             every = settings.get("evaluate_every", 0)
-            if every and state.global_step % every == 0 and state.is_world_process_zero:
-                row["accuracy"] = accuracy(model, tokenizer, settings["held_out"])
+            if every and state.global_step % every == 0:
+                found = [accuracy(model, tokenizer, settings["held_out"]) if state.is_world_process_zero else None]
+                [row["accuracy"]] = broadcast_object_list(found)  # all processes stop, or none: one alone would wait for ever
                 control.should_training_stop = row["accuracy"] >= settings["target"]
             if state.is_world_process_zero:
                 print(json.dumps(row), flush=True)

@@ -23,6 +23,9 @@ from actors.weight_broadcaster import Offer
 from async_rlhf.config import Config
 from async_rlhf.types import Prompt, Ticket, WeightsVersion
 
+UPDATE_S = 0.5
+"""What an update is said to have taken, about that of the quickstart: finished groups wait for others for a tenth of it."""
+
 
 class Ours:
     """The generator actor, at work for the produce loop."""
@@ -42,8 +45,8 @@ class Ours:
         """Wait until it is."""
         asyncio.run(ready(self.actor, 120, lambda name: None))
 
-    def sample(self, prompts: Sequence[Sequence[int]]) -> tuple[float, int]:
-        """Seconds, and completion tokens."""
+    def sample(self, prompts: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+        """As Bare.sample; a group has ended when it is here."""
         self._weights = replace(self._weights, manifest=replace(self._weights.manifest, version=self._weights.manifest.version + 1))
         return asyncio.run(Round(self.actor, self._config, self._weights, prompts).run())
 
@@ -70,12 +73,12 @@ class Round:
             )
             for index, ids in enumerate(prompts)
         ]
-        self._num_left = len(prompts)
-        self._num_tokens = 0
+        self._num_groups = len(prompts)
+        self._ends: list[tuple[float, int]] = []
         self._done = asyncio.Event()
 
-    async def run(self) -> tuple[float, int]:
-        """Install a version, and sample all groups; seconds of the latter alone, and their tokens."""
+    async def run(self) -> list[tuple[float, int]]:
+        """Install a version, and sample all groups; see Ours.sample."""
         member: Any = SimpleNamespace(name="generator-0", actor=self._actor)
         scorer: Any = SimpleNamespace(name="scorer-0", actor=self)
         played: Any = self
@@ -88,18 +91,17 @@ class Round:
             broadcaster=SimpleNamespace(actor=self, call=self.call),  # type: ignore[arg-type]
             learner=SimpleNamespace(ranks=()),  # type: ignore[arg-type]
             transport=ByReference(self._config),
+            update_s=UPDATE_S,
         )
         [seat] = roster
         async with asyncio.TaskGroup() as scoring:
             producing = asyncio.ensure_future(produce(seat, crew, self._config, scoring))
             await seat.arrived.wait()
-            began = time.perf_counter()
             crew.begun.set()
             await self._done.wait()
-            took_s = time.perf_counter() - began
             seat.leaving.set()
             await producing
-        return took_s, self._num_tokens
+        return self._ends
 
     async def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Queue and broadcaster."""
@@ -116,9 +118,9 @@ class Round:
     async def fetch(self, method: str, groups_ref: Any, *_: Any, timeout_s: float) -> Any:
         """The scorer: takes the groups as a process of its own would."""
         groups = await resolve(groups_ref, edge="scorer.score", timeout_s=timeout_s)
-        self._num_tokens += sum(group.num_tokens for group in groups)
-        self._num_left -= len(groups)
-        if not self._num_left:
+        now = time.perf_counter()
+        self._ends += [(now, group.num_tokens) for group in groups]
+        if len(self._ends) == self._num_groups:
             self._done.set()
 
     async def watch(self, actor: RemoteActor) -> None:

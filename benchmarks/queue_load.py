@@ -28,6 +28,8 @@ PRODUCERS, RANKS = 16, 1
 """Of the goal; the tables vary them."""
 WARM_UPDATES, REST_UPDATES = 3, MAX_STALENESS + 1
 """Before and after what is measured: producers are ahead of the ranks by as much as the last."""
+LEAD_S = 0.2
+"""Before a put is due, its producer asks for tickets."""
 LIMIT_S = 120.0
 """Of any call."""
 
@@ -51,13 +53,25 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """At memory, when so many groups were trained."""
+
+    groups: int
+    queue_bytes: int
+    """What the queue's process shares with no other."""
+    store_bytes: int
+    """What Ray's object store has touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """What it gave."""
 
     groups_per_s: float
     put_s: Sequence[float]
-    memory_bytes: Sequence[tuple[int, int]]
-    """(groups trained, resident bytes of the queue's process) after each checkpoint."""
+    """At a given rate from when the put was due, else from the call, until it was acknowledged."""
+    memory: Sequence[Look]
+    """After each checkpoint."""
     cpu_us: Mapping[str, float]
     """Who -> processor time per group, microseconds."""
 
@@ -75,7 +89,7 @@ class Run:
         self._version = 0
         self._puts: list[tuple[float, float]] = []
         """(when, seconds)."""
-        self._memory: list[tuple[int, int]] = []
+        self._memory: list[Look] = []
 
     async def measure(self) -> Found:
         """Run all of it."""
@@ -89,8 +103,7 @@ class Run:
         pause_s = load.put_groups * load.producers / load.rate if load.rate else 0.0
         due = time.perf_counter() + pause_s * index / load.producers
         while True:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            due += pause_s
+            await asyncio.sleep(due - LEAD_S - time.perf_counter() if load.rate else 0.0)
             request += 1
             tickets = await self._call("tickets", name, self._version, request, load.put_groups, 5.0)
             if tickets is None:
@@ -100,9 +113,11 @@ class Run:
             source = self._sources[index % len(self._sources)]
             scored = await source.fetch("score", tickets, timeout_s=LIMIT_S)
             await self._call("note", WithScorer(tickets=tuple(tickets)))
-            started = time.perf_counter()
+            await asyncio.sleep(due - time.perf_counter() if load.rate else 0.0)
+            started = due if load.rate else time.perf_counter()
             await self._call("put", scored)
             self._puts.append((started, time.perf_counter() - started))
+            due += pause_s
 
     async def _train(self) -> Found:
         load, began, ended, keeping = self._load, 0.0, 0.0, None
@@ -128,15 +143,14 @@ class Run:
                     await keeping
                 await self._call("checkpoint")
                 keeping = asyncio.create_task(self._call("note", Kept(version=self._version)))  # beside training, as in a run
-                assert self._queue.process is not None
-                self._memory.append((self._version * load.batch_groups, own_bytes(self._queue.process.pid)))
+                self._memory.append(self._look())
         if keeping is not None:
             await keeping
         groups = load.measured * load.batch_groups
         return Found(
             groups_per_s=groups / (ended - began),
             put_s=[seconds for when, seconds in self._puts if began <= when <= ended],
-            memory_bytes=self._memory,
+            memory=self._memory,
             cpu_us={who: (after[who] - before[who]) / groups * 1e6 for who in after},
         )
 
@@ -151,14 +165,18 @@ class Run:
                 spent["driver" if process is own else pids.get(process.pid, "Ray")] += times.user + times.system
         return spent
 
+    def _look(self) -> Look:
+        assert self._queue.process is not None
+        memory = psutil.Process(self._queue.process.pid).memory_info()
+        [raylet] = [process for process in psutil.Process().children(recursive=True) if process.name() == "raylet"]
+        return Look(
+            groups=self._version * self._load.batch_groups,
+            queue_bytes=memory.rss - memory.shared,
+            store_bytes=raylet.memory_info().shared,
+        )
+
     async def _call(self, method: str, *args: Any) -> Any:
         return await self._queue.call(method, *args, timeout_s=LIMIT_S)
-
-
-def own_bytes(pid: int) -> int:
-    """What a process has in memory that no other shares."""
-    memory = psutil.Process(pid).memory_info()
-    return memory.rss - memory.shared
 
 
 def config_of(load: Load) -> Config:

@@ -40,6 +40,19 @@ class StageTimes:
     train_s: float
     gather_s: float
     score_s: float
+    length_tokens: float
+    """Of the completions in it, in the mean."""
+
+    def at(self, length_tokens: float) -> "StageTimes":
+        """For completions of another mean length: lengths end by chance, and 256 of them by 5 % more or less."""
+        share = length_tokens / self.length_tokens
+        return replace(
+            self,
+            generate_s=self.generate_s * share,
+            train_s=self.train_s * share,
+            score_s=self.score_s * share,
+            length_tokens=length_tokens,
+        )
 
     @property
     def learner_side_s(self) -> float:
@@ -91,13 +104,17 @@ def measure_stages(settings: Sequence[str], folder: Path, seconds: float) -> Sta
             far.close()
             _answer(near, worker)
         generator.send("begin")
-        learner.send(_answer(generator, workers[0]))  # a batch
+        groups = _answer(generator, workers[0])
+        num_tokens = sum(group.num_tokens for group in groups)
+        learner.send(groups)
         _answer(learner, workers[1])  # warm
         generator.send("measure")
         learner.send(seconds)
         train_s, gather_s, score_s = _answer(learner, workers[1])
         generator.send("end")
-        return StageTimes(generate_s=_answer(generator, workers[0]), train_s=train_s, gather_s=gather_s, score_s=score_s)
+        generate_s = num_tokens * _answer(generator, workers[0])
+        length_tokens = num_tokens / sum(len(group.rollouts) for group in groups)
+        return StageTimes(generate_s=generate_s, train_s=train_s, gather_s=gather_s, score_s=score_s, length_tokens=length_tokens)
     finally:
         for worker in workers:
             worker.terminate()
@@ -114,7 +131,7 @@ def _answer(end: Connection, worker: Any) -> Any:
 
 def _settle(settings: Sequence[str], core: int) -> Config:
     """As an actor of a run would be set up, on one core."""
-    from actors.launch import ACTOR_ENVIRONMENT
+    from actors.environment import ACTOR_ENVIRONMENT
 
     os.sched_setaffinity(0, {core})
     os.environ.update(ACTOR_ENVIRONMENT)
@@ -123,7 +140,7 @@ def _settle(settings: Sequence[str], core: int) -> Config:
 
 
 def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) -> None:
-    """Sample for ever; answer with a batch, then with the seconds that one took between `measure` and `end`."""
+    """Sample for ever; answer with a batch, then with the seconds that a token took between `measure` and `end`."""
     config = _settle(settings, core)
     from actors.generator import Generator
     from async_rlhf.prompts import PromptCursor, make_stream
@@ -154,11 +171,12 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
     end.recv()
     threading.Thread(target=feed, daemon=True).start()
     latest: deque[RolloutGroup] = deque(maxlen=config.batch_groups)
+    num_seated = config.generator.max_inflight // config.completions_per_prompt
     given, began, before = False, 0.0, generator.usage()
     while True:
-        _, groups = generator.collect(False, 5.0)
+        _, groups = generator.collect(0.0, 5.0)
         latest.extend(groups)
-        if not given and len(latest) == config.batch_groups and issued > config.batch_groups + 2 * config.groups_inflight:
+        if not given and len(latest) == config.batch_groups and issued > config.batch_groups + 2 * num_seated:
             end.send(list(latest))
             given = True
         if end.poll():
@@ -166,13 +184,8 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
                 break
             began, before = time.perf_counter(), generator.usage()
     # Tokens, not groups: these come in waves of as many as are in flight.
-    tokens_per_s = (_tokens_done(generator, before)) / (time.perf_counter() - began)
-    end.send(sum(group.num_tokens for group in latest) / len(latest) * config.batch_groups / tokens_per_s)
+    end.send((time.perf_counter() - began) / (generator.usage().num_tokens - before.num_tokens))
     end.recv()
-
-
-def _tokens_done(generator: Any, before: Any) -> int:
-    return generator.usage().num_tokens - before.num_tokens
 
 
 def _learn(end: Connection, settings: Sequence[str], folder: str, core: int) -> None:

@@ -24,7 +24,7 @@ from bare_vllm import engine_arguments
 from harness import CHECKOUT, Goal, Spread, command_line, finish, in_turn, ratios, show
 from stand_in import write_policy
 
-from actors.launch import ACTOR_ENVIRONMENT
+from actors.environment import ACTOR_ENVIRONMENT
 from async_rlhf.config import load_config
 
 CONFIG = "conf/quickstart.yaml"

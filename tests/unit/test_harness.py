@@ -46,6 +46,15 @@ def test_goals(goal: Goal, metrics: dict[str, float], reached: bool) -> None:
     assert goal.reached(metrics) is reached
 
 
+def test_no_figure_of_a_wide_table_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = [f"{number}.25 (0.{number}-9.{number})" for number in range(10, 30)]
+
+    show("wide", [f"column {number}" for number in range(20)], [figures])
+
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in figures) and "\u2026" not in printed
+
+
 def test_numbers_goals_and_machine_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = command_line("What it does.", "less").parse_args(["--quick", "--json", str(tmp_path / "new" / "out.json")])
     show("a title", ("name", "value"), [("x [b]", 1.23456)])

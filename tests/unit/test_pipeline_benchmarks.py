@@ -13,7 +13,9 @@ from benchmarks.stages import score
 
 def run_of(seconds: list[float], evaluations: list[tuple[int, int, float]] | None = None) -> Measured:
     """A run whose updates took so long, from the first ticket on; (version_min, version_max, accuracy) of its evaluations."""
-    rows: list[dict[str, Any]] = [{"version": number, "time_s": sum(seconds[:number])} for number in range(1, len(seconds) + 1)]
+    rows: list[dict[str, Any]] = [
+        {"version": number, "time_s": sum(seconds[:number]), "rollout/length_tokens": 50.0} for number in range(1, len(seconds) + 1)
+    ]
     found = [{"version_min": low, "version_max": high, "evaluate/score": of} for low, high, of in evaluations or []]
     return Measured(cpu_s={}, rows=rows, all_rows=rows, evaluations=found)
 
@@ -23,7 +25,19 @@ def test_an_update_takes_the_mean_of_those_after_the_first_row():
 
     assert run.update_s == pytest.approx(2.5)
     assert run.blocks_s(2) == pytest.approx([1.5, 3.5])
-    assert overlap.efficiency(2.0, run).low == pytest.approx(2.0 / 4.0)  # the last third
+
+
+def test_an_efficiencys_spread_has_the_ideals_and_the_blocks_in_it():
+    run = run_of([9.0, 1.0, 2.0, 3.0, 4.0])
+    parts = {"train_s": 1.0, "gather_s": 0.0, "score_s": 0.0}
+    # Of completions as long as the run's, and of those twice as long.
+    ideals = [StageTimes(generate_s=1.6, length_tokens=50.0, **parts), StageTimes(generate_s=4.8, length_tokens=100.0, **parts)]
+
+    found = overlap.efficiency(ideals, run)
+
+    assert found.median == pytest.approx(3.2 * 50 / 75 / 2.5)
+    assert found.low == pytest.approx(1.6 / 4.0)  # the shorter ideal over the last third
+    assert found.high == pytest.approx(2.4 / 1.0)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +47,7 @@ def test_an_update_takes_the_mean_of_those_after_the_first_row():
 )
 def test_the_ideal_is_the_longer_side_and_a_free_scorer_helps_the_other_one(parts: tuple[float, ...], ideal_s: float, free_s: float):
     generate_s, train_s, gather_s, score_s = parts
-    times = StageTimes(generate_s=generate_s, train_s=train_s, gather_s=gather_s, score_s=score_s)
+    times = StageTimes(generate_s=generate_s, train_s=train_s, gather_s=gather_s, score_s=score_s, length_tokens=50.0)
 
     assert (times.ideal_s, times.free_ideal_s) == (ideal_s, free_s)
     assert overlap.mean_of([times, times]) == times
