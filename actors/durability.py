@@ -46,6 +46,11 @@ class Durability:
         await self._sync()
         return mark
 
+    async def drop(self, segment: int) -> None:
+        """Delete a segment that nobody needs; to unlink a large file takes tens of milliseconds."""
+        async with self.still:
+            await asyncio.to_thread(self._history.drop_segment, segment)
+
     def undo(self, update: int) -> None:
         """The decisions from `update` on were taken back. With `still` held."""
         self._num_durable = min(self._num_durable, update)

@@ -242,7 +242,7 @@ class ReplayQueue:
         """Turn segments that no checkpoint needs into the rollouts dataset."""
         for segment in self._history.forget_before(version):
             await asyncio.to_thread(export_segment, self._run_folder, segment)
-            self._history.drop_segment(segment)
+            await self._durability.drop(segment)
 
 
 def _open(folder: Path) -> Journal:

@@ -160,10 +160,14 @@ class History:
         return list(range(self._journal.first_segment, needed))
 
     def drop_segment(self, segment: int) -> None:
-        """Delete a segment that forget_before named. One that the next refers to, because that does not stand for itself, goes with it."""
+        """Delete a segment that forget_before named. One that the next refers to, because that does not stand for itself, goes with it.
+
+        May run in a thread of its own beside everything but the beginning of a segment.
+        """
         if segment + 1 in self._openings:
             self._journal.drop_before(segment + 1)
-            self._openings = {begun: decided for begun, decided in self._openings.items() if begun > segment}
+            for begun in [begun for begun in tuple(self._openings) if begun <= segment]:
+                del self._openings[begun]
 
     def _on_event(self, event: Event) -> None:
         self._observe(event)

@@ -30,7 +30,12 @@ class SlowDisk:
 
 
 def make(disk: SlowDisk, decided: int) -> Durability:
-    history: Any = SimpleNamespace(flush=lambda: None, begin_segment=lambda: disk.syncs, ledger=SimpleNamespace(decided=decided))
+    history: Any = SimpleNamespace(
+        flush=lambda: None,
+        begin_segment=lambda: disk.syncs,
+        drop_segment=lambda segment: disk.sync(),
+        ledger=SimpleNamespace(decided=decided),
+    )
     journal: Any = disk
     return Durability(history, journal, every_s=1000.0)
 
@@ -79,6 +84,21 @@ def test_a_segment_begins_between_two_syncs_and_others_go_on_meanwhile() -> None
         disk.may_end.set()
         num_syncs_before: Any = await marking
         assert (num_syncs_before, disk.syncs) == (1, 2)
+
+    run(story())
+
+
+def test_others_go_on_while_a_segment_is_deleted_and_none_begins_meanwhile() -> None:
+    async def story() -> None:
+        disk = SlowDisk()
+        durability = make(disk, decided=0)
+        dropping = asyncio.create_task(durability.drop(0))
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert not dropping.done() and durability.still.locked()
+        disk.may_end.set()
+        await dropping
+        assert not durability.still.locked()
 
     run(story())
 

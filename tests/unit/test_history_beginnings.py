@@ -126,6 +126,23 @@ def test_a_beginning_that_found_no_space_is_completed_before_any_event_follows(w
     assert_goes_on(tmp_path)
 
 
+def test_a_beginning_that_found_no_space_counts_although_an_older_segment_went_before_it_was_completed(tmp_path: Path, disk: Disk) -> None:
+    journal, history = begun(tmp_path)
+    decide(history, 0, 0, 1)
+    history.begin_segment()
+    arrive(history, 3)
+    decide(history, 1, 2, 3)
+    history.flush()
+    disk.refuse(1)
+    with pytest.raises(JournalError, match="no space"):
+        history.begin_segment()
+    forget(history, tmp_path, 1)
+    history.flush()
+
+    assert history.forget_before(2) == [1]
+    journal.close()
+
+
 @pytest.mark.parametrize("write", range(1, NUM_WRITES))
 def test_while_there_is_no_space_for_the_beginning_no_event_is_written(write: int, tmp_path: Path, disk: Disk) -> None:
     journal, history = begun(tmp_path)
