@@ -54,8 +54,14 @@ class Generator:
         self._num_evaluations = 0
         self._loop = EngineLoop(make_engine(config, Path(model_folder)), self._on_finished, _clock(config))
 
-    def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Start sampling; all of them join the batch before its next step."""
+    def submit(self, tickets: Sequence[Ticket], wait_s: float = 0.0) -> int:
+        """Start sampling; all of them join the batch before its next step. With the answer the next may be asked for: one call, not two.
+
+        Returns:
+            Groups that it may have more, as soon as there are any (traffic.room); 0 after `wait_s`.
+        Raises:
+            EngineError: the engine failed.
+        """
         requests = [
             SampleRequest(
                 request_id=f"{ticket.ticket_id}.{ticket.attempt}",
@@ -68,21 +74,9 @@ class Generator:
         ]
         with self._changed:
             self._inflight.update({request.request_id: ticket for request, ticket in zip(requests, tickets, strict=True)})
-        self._loop.call(lambda engine: [engine.add(request) for request in requests])
-
-    def room(self, wait_s: float) -> int:
-        """Groups that it may have more, as soon as there are any (traffic.room); 0 after `wait_s`.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-        self._check()
-        waiting = self._loop.when(self._room_in)
-        try:
-            return waiting.result(wait_s)
-        except TimeoutError:
-            waiting.cancel()
-            return 0
+        if requests:
+            self._loop.call(lambda engine: [engine.add(request) for request in requests])
+        return self._room(wait_s)
 
     def collect(self, gather_s: float, wait_s: float) -> tuple[Collected, list[RolloutGroup]]:
         """Finished groups in ticket order, as soon as none is left in flight, or `gather_s` after the first of them finished.
@@ -156,6 +150,15 @@ class Generator:
     def close(self) -> None:
         """End the engine's thread and free its memory."""
         self._loop.close()
+
+    def _room(self, wait_s: float) -> int:
+        self._check()
+        waiting = self._loop.when(self._room_in)
+        try:
+            return waiting.result(wait_s)
+        except TimeoutError:
+            waiting.cancel()
+            return 0
 
     def _room_in(self, engine: Engine) -> int | None:
         occupancy = engine.occupancy

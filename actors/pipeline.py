@@ -26,7 +26,7 @@ Groups and batches travel as object references: they go from process to process 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -54,8 +54,9 @@ class _Flow:
     """What the parts of one produce loop share, as long as one generator lives."""
 
     inflight: int = 0
+    """Groups that it has been given, or is about to be, and that have not come back."""
     asking: bool = False
-    """A request for tickets is under way, or its tickets are on their way to the engine."""
+    """A request for tickets is under way."""
     installed: int = -1
     closed: bool = False
     """No further ticket is needed, or wanted."""
@@ -189,27 +190,28 @@ async def _leave(leaving: asyncio.Event, config: Config, flow: _Flow) -> None:
 async def _feed(actor: RemoteActor, crew: Crew, config: Config, flow: _Flow) -> None:
     """Give the generator tickets whenever it has room; for ever."""
     await crew.begun.wait()
-    request = 0
+    request = room = 0
     while True:
         await flow.until(lambda: flow.installed >= 0 and not flow.closed)
-        wanted = await _room(actor, config, flow)
-        if not wanted or flow.closed:
+        room = room or await _submit([], actor, config, flow)
+        if not room or flow.closed:
             continue
         request, flow.asking = request + 1, True
         with crew.meters.tickets.working():
             tickets: list[Ticket] | None = await crew.queue.call(
-                "tickets", actor.name, flow.installed, request, wanted, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
+                "tickets", actor.name, flow.installed, request, room, POLL_S, timeout_s=POLL_S + config.timeouts.call_s
             )
-        if tickets:
-            await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
         flow.asking = False
         await flow.change(len(tickets or ()), closed=tickets is None)
+        room = await _submit(tickets, actor, config, flow) if tickets else 0
 
 
-async def _room(actor: RemoteActor, config: Config, flow: _Flow) -> int:
-    """How many groups the generator may have more, once that is one; 0: none for a while. Deterministic runs go batch by batch."""
+async def _submit(tickets: Sequence[Ticket], actor: RemoteActor, config: Config, flow: _Flow) -> int:
+    """Returns how many groups more the generator may have, once that is one; 0: none for a while. Deterministic runs go batch by batch."""
     if not config.deterministic:
-        return await actor.call("room", POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+        return await actor.call("submit", tickets, POLL_S, timeout_s=POLL_S + config.timeouts.call_s)
+    if tickets:
+        await actor.call("submit", tickets, timeout_s=config.timeouts.call_s)
     await flow.until(lambda: flow.inflight < config.batch_groups)
     return config.batch_groups - flow.inflight
 

@@ -7,7 +7,7 @@ import math
 
 from async_rlhf.config import Config
 
-SEATS_PER_RESERVE = 4
+SEATS_PER_RESERVE = 2
 """For so many completions that are sampled at once, one waits for a seat."""
 
 GATHER_SHARE = 0.1

@@ -152,7 +152,7 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
     prompts = make_stream(config, Path(folder), PromptCursor(epoch=0, index=0))
     issued = 0
 
-    def submit(count: int) -> None:
+    def submit(count: int) -> int:
         nonlocal issued
         drawn = [found for found in (prompts.draw() for _ in range(count)) if found is not None]  # it never ends
         tickets = [
@@ -160,12 +160,12 @@ def _generate(end: Connection, settings: Sequence[str], folder: str, core: int) 
             for i, (prompt, epoch) in enumerate(drawn)
         ]
         issued += count
-        generator.submit(tickets)
+        return generator.submit(tickets, 5.0)
 
     def feed() -> None:
+        room = 0
         while True:
-            if room := generator.room(5.0):
-                submit(room)
+            room = submit(room)
 
     end.send("ready")
     end.recv()

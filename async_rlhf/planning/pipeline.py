@@ -143,8 +143,7 @@ class PipelineModel:
 
     def _feed(self, member: _Member) -> Steps:
         while True:
-            yield from self._call()
-            wanted = yield from member.generator.room()
+            wanted = yield from member.generator.room()  # comes with the answer to the last submit
             yield from self._call()
             while not (tickets := self._buffer.grant(member.name, member.installed, wanted, self._env.now)):
                 yield self._grantable.wait() | member.changed.wait()

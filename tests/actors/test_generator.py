@@ -340,33 +340,33 @@ class Seats:
 def test_there_is_room_for_a_group_as_soon_as_enough_completions_have_ended_of_whichever_groups(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Twelve seats, and a group of three waits for the next."""
+    """Twelve seats, and two groups of three wait for the next."""
     engine = Seats()
     monkeypatch.setattr(actors.generator, "make_engine", lambda *_: engine)
     with generating(folder, "generator.max_inflight=12", installed=False) as generator:
-        assert generator.room(WAIT_S) == 5
+        assert generator.submit([], WAIT_S) == 6
         engine.take(10)
-        assert generator.room(WAIT_S) == 1
+        assert generator.submit([], WAIT_S) == 2
         engine.take(12)
-        assert generator.room(WAIT_S) == 1
-        for running, waiting in [(12, 1), (11, 2), (12, 3), (12, 9)]:
+        assert generator.submit([], WAIT_S) == 2
+        for running, waiting in [(12, 4), (11, 5), (12, 6), (12, 9)]:
             engine.take(running, waiting)
-            assert generator.room(0.02) == 0
-        asking = in_thread(lambda: generator.room(WAIT_S))
-        engine.take(11, waiting=1)
+            assert generator.submit([], 0.02) == 0
+        asking = in_thread(lambda: generator.submit([], WAIT_S))
+        engine.take(11, waiting=4)
 
         assert asking.result(WAIT_S) == 1
 
 
 def test_tickets_are_asked_for_several_at_once_when_half_of_what_waits_for_a_seat_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """48 seats, and four groups of three wait for the next."""
+    """48 seats, and eight groups of three wait for the next."""
     engine = Seats()
     monkeypatch.setattr(actors.generator, "make_engine", lambda *_: engine)
     with generating(folder, "generator.max_inflight=48", "batch_groups=32", installed=False) as generator:
-        engine.take(48, waiting=7)
-        assert generator.room(0.02) == 0
-        engine.take(48, waiting=6)
-        assert generator.room(WAIT_S) == 2
+        engine.take(48, waiting=13)
+        assert generator.submit([], 0.02) == 0
+        engine.take(48, waiting=12)
+        assert generator.submit([], WAIT_S) == 4
 
 
 def test_drain_finishes_what_runs_first_and_holds_later_tickets_back(folder: Path, monkeypatch: pytest.MonkeyPatch):

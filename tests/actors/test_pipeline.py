@@ -86,13 +86,11 @@ class FakeGenerator:
         self.most_inflight = 0
         self.sampled_by: dict[int, int] = {}
 
-    async def submit(self, tickets: Sequence[Ticket]) -> None:
+    async def submit(self, tickets: Sequence[Ticket], wait_s: float = 0.0) -> int:
         assert self.version >= 0, "a ticket before the first install"
         self.inflight += tickets
         self.sampled_by.update({ticket.ticket_id: self.version for ticket in tickets})
         self.most_inflight = max(self.most_inflight, len(self.inflight))
-
-    async def room(self, wait_s: float) -> int:
         if len(self.inflight) >= self.capacity:
             await asyncio.sleep(wait_s / 10)
         return max(0, self.capacity - len(self.inflight))

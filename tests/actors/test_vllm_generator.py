@@ -131,7 +131,7 @@ def test_a_seat_is_free_as_soon_as_its_completion_has_ended_however_long_its_sib
 
     assert any(running % CONFIG.completions_per_prompt for running in taken)
     seats = CONFIG.generator.max_inflight
-    assert ask(generator, "room", 5.0) == (seats + traffic.reserve(CONFIG)) // CONFIG.completions_per_prompt
+    assert ask(generator, "submit", [], 5.0) == (seats + traffic.reserve(CONFIG)) // CONFIG.completions_per_prompt
 
 
 def test_the_canary_waits_for_no_completion_even_where_others_wait_for_their_seats(generator: RemoteActor, folders: list[Path]) -> None:

@@ -17,13 +17,13 @@ def config_of(seats: int, size: int = 4, *, batch_groups: int = 1000, count: int
     return Config(completions_per_prompt=size, batch_groups=batch_groups, max_staleness=max_staleness, generator=generator)
 
 
-def test_a_reserve_is_a_quarter_of_the_seats_and_a_group_at_least():
-    assert [reserve(config_of(seats)) for seats in (4, 16, 64, 256)] == [4, 4, 16, 64]
+def test_a_reserve_is_half_of_the_seats_and_a_group_at_least():
+    assert [reserve(config_of(seats)) for seats in (4, 16, 64, 256)] == [4, 8, 32, 128]
 
 
 def test_no_reserve_is_held_that_other_generators_have_empty_seats_for():
     """Two generators of 64 seats; admission allows 2 B groups of 4 in all."""
-    assert [reserve(config_of(64, batch_groups=groups, count=2)) for groups in (8, 16, 17, 20, 100)] == [0, 0, 4, 16, 16]
+    assert [reserve(config_of(64, batch_groups=groups, count=2)) for groups in (8, 16, 17, 20, 100)] == [0, 0, 4, 16, 32]
 
 
 def test_an_install_that_waits_for_an_idle_engine_does_not_wait_for_a_reserve_as_well():
@@ -31,10 +31,10 @@ def test_an_install_that_waits_for_an_idle_engine_does_not_wait_for_a_reserve_as
 
 
 @pytest.mark.parametrize(
-    ("num_completions", "expected"), [(0, 20), (64, 4), (71, 2), (72, 2), (73, 0), (80, 0), (90, 0)], ids=lambda value: str(value)
+    ("num_completions", "expected"), [(0, 24), (64, 8), (79, 4), (80, 4), (81, 0), (96, 0), (106, 0)], ids=lambda value: str(value)
 )
 def test_tickets_are_asked_for_when_half_of_the_reserve_is_free(num_completions: int, expected: int):
-    """64 seats, 16 in reserve, groups of four: nothing below eight free places."""
+    """64 seats, 32 in reserve, groups of four: nothing below 16 free places."""
     assert room(config_of(64), num_completions) == expected
 
 
