@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from async_rlhf.audit import audit
+from async_rlhf.recorder import read_rows
 from tests.support.cluster import OPEN, several_nodes
 from tests.support.command import driver, environment, has_rows, rows_of, run_cli, summary_of, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SMALL = ("conf/quickstart.yaml", "batch_groups=16", "completions_per_prompt=2", "task.held_out=50", "checkpoint.every_updates=5")
 QUICK = ("supervision.ping_s=1", "supervision.silence_s=10", "supervision.max_restarts=50", "supervision.max_backoff_s=2")
@@ -49,12 +50,12 @@ def test_a_full_object_store_spills_and_a_full_disk_ends_the_run_by_name_and_los
         with subprocess.Popen(arguments, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
             assert hog.stdout is not None and hog.stdin is not None
             assert hog.stdout.readline().strip() == "full"
-            wait_for(has_rows(folder, len(rows_of(folder)) + 5), process, log)
+            wait_for(has_rows(folder, len(read_rows(folder)) + 5), process, log)
             hog.stdin.close()
         queue = descendant(process, "ReplayQueue")
         written = max(path.stat().st_size for path in (folder / "journal").glob("segment-*"))
         queue.rlimit(resource.RLIMIT_FSIZE, (written + 1000, written + 1000))
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=400) == 1
 
     assert "cannot write the journal: no space" in summary_of(folder)["error"]
     resumed = run_cli("resume", str(folder), f"updates={len(rows_of(folder)) + 5}")
@@ -68,7 +69,7 @@ def test_without_rays_head_the_run_ends_with_that_reason_and_can_be_resumed(tmp_
     with driver(log, "train", *SMALL, "updates=400", f"run.dir={folder}", "generator.max_inflight=32") as process:
         wait_for(has_rows(folder, 6), process, log)
         descendant(process, "gcs_server").kill()
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=400) == 1
     assert summary_of(folder)["exit"] == "failed"
     assert "Ray's head" in summary_of(folder)["error"]
 
@@ -96,11 +97,11 @@ def test_a_lost_node_costs_no_sample_and_the_run_goes_on_with_the_other_generato
         wait_for(has_rows(folder, 6), process, log)
         nodes.lose(1)
         wait_for(lambda: ("no_room", "generator") in incidents(), process, log)
-        wait_for(has_rows(folder, len(rows_of(folder)) + 10), process, log)
+        wait_for(has_rows(folder, len(read_rows(folder)) + 10), process, log)
         assert "lost: the cluster has no room for it" in run_cli("status", str(folder)).output
         nodes.add(num_cpus=2)
         wait_for(lambda: ("back", "generator") in incidents(), process, log)
-        wait_for(has_rows(folder, len(rows_of(folder)) + 3), process, log)
+        wait_for(has_rows(folder, len(read_rows(folder)) + 3), process, log)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=100) == 130, log.read_text()[-4000:]
+        assert process.wait(timeout=400) == 130, log.read_text()[-4000:]
     assert audit(folder).problems == ()

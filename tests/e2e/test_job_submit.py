@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from async_rlhf.checkpoints import newest
 from async_rlhf.state import read_state
 from tests.support.command import CHECKOUT, Finished, environment, ray_processes, rows_of, summary_of, wait_gone
 from tests.support.deployment import TINY, entrypoint_words
+from tests.support.http_server import free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SMALL = ("conf/quickstart.yaml", "batch_groups=16", "task.held_out=50", "checkpoint.every_updates=0")
 SLOW_EVALUATION = """
@@ -44,12 +45,6 @@ def score(prompts, completions, **columns):
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def job_of(done: Finished) -> str:
     """The id of a job that was submitted. What a job said last is in its log: a follower may lose the last lines of one that fails."""
     return next(word.strip("'") for word in done.output.split() if word.strip("'").startswith("raysubmit_"))
@@ -64,12 +59,12 @@ class Head:
 
     def run(self, *words: str) -> Finished:
         """A command in a shell on the head."""
-        done = subprocess.run(words, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=CHECKOUT, env=self.env, capture_output=True, text=True, timeout=900)
         return Finished(done.returncode, done.stdout + done.stderr)
 
     def submit(self, *words: str) -> Finished:
         """`deploy/submit.sh WORDS`: followed to its end, unless `--no-wait` comes first."""
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + 300
         while True:
             done = self.run("deploy/submit.sh", *words)
             # The dashboard answers before the head's job agent has come up; nothing was submitted then.
@@ -95,14 +90,14 @@ class Head:
         request = urllib.request.Request(f"{self.dashboard}/api/jobs/{job}/logs", headers={"Authorization": f"Bearer {token}"})
         return json.load(urllib.request.urlopen(request, timeout=30))["logs"]
 
-    def wait(self, job: str, seen: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait(self, job: str, seen: Callable[[], bool], timeout_s: float = 400) -> None:
         """Until `seen()`, while the job lives."""
         ends = time.monotonic() + timeout_s
         while not seen():
             assert self.job(job)["status"] in ("PENDING", "RUNNING") and time.monotonic() < ends, self.logs(job)
             time.sleep(0.3)
 
-    def end(self, job: str, timeout_s: float = 120) -> tuple[str, int | None]:
+    def end(self, job: str, timeout_s: float = 400) -> tuple[str, int | None]:
         """Wait for the job's end: its status, and its driver's exit code where Ray kept that."""
         ends = time.monotonic() + timeout_s
         while (found := self.job(job))["status"] in ("PENDING", "RUNNING"):
@@ -129,7 +124,7 @@ def head() -> Iterator[Head]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = free_ports(3)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     url = f"http://127.0.0.1:{dashboard}"
     env = {**environment(), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -140,7 +135,7 @@ def head() -> Iterator[Head]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + 300
         while not answers(f"{url}/api/version"):
             assert process.poll() is None and time.monotonic() < ends, (folder / "log").read_text()
             time.sleep(0.5)
@@ -148,7 +143,7 @@ def head() -> Iterator[Head]:
     finally:
         process.terminate()
         process.wait(timeout=60)
-        left = wait_gone(before, 30)
+        left = wait_gone(before)
         shutil.rmtree(folder, ignore_errors=True)
     assert not left, "the head left processes behind"
 
@@ -172,15 +167,29 @@ def test_entrypoint_of_the_kuberay_job_trains_as_a_submitted_job_and_its_log_sho
     assert books(tmp_path / "run") == ("success", 0, "finished")
 
 
+@contextmanager
+def followed(head: Head, job: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A job's log, as a user follows it; where a test fails, the job is stopped: the head goes on to the next test."""
+    with log.open("w") as stream:
+        follower = subprocess.Popen(["ray", "job", "logs", "-f", job], cwd=CHECKOUT, env=head.env, stdout=stream, stderr=stream)
+    try:
+        yield follower
+    except BaseException:
+        head.run("ray", "job", "stop", "--no-wait", job)
+        raise
+    finally:
+        follower.kill()
+        follower.wait()
+
+
 def test_stopped_job_leaves_a_checkpoint_and_a_second_job_goes_on_from_it(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = head.start("train", *SMALL, f"run.dir={run}", "updates=500")
-    with (tmp_path / "log").open("w") as stream:  # as a user follows it
-        follower = subprocess.Popen(["ray", "job", "logs", "-f", job], cwd=CHECKOUT, env=head.env, stdout=stream, stderr=stream)
+    with followed(head, job, tmp_path / "log") as follower:
         head.wait(job, lambda: "update 4/500" in (tmp_path / "log").read_text())
         status = head.run("python", "-m", "async_rlhf", "status", str(run))
         stopped = head.run("ray", "job", "stop", job)
-        follower.wait(timeout=60)
+        follower.wait(timeout=180)
     checkpoint, skipped = newest(run)
 
     assert status.code == 0 and "of 500 updates" in status.output, status.output

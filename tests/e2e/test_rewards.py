@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from async_rlhf.config.rewards import RewardPartConfig
+from async_rlhf.recorder import read_rows
 from async_rlhf.rewards.model import ModelReward
 from async_rlhf.types import Prompt
 from tests.support.cluster import make_model_folder
-from tests.support.command import CHECKOUT, command, environment, rows_of, run_cli, summary_of
-from tests.support.http_server import free_port
+from tests.support.command import CHECKOUT, command, driver, environment, has_rows, rows_of, run_cli, summary_of, wait_for
+from tests.support.http_server import free_port, free_ports
 from tests.support.reward_models import save_reward_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 FUNCTIONS = """
 import os, time
@@ -86,18 +87,18 @@ def rollouts(run: Path) -> list[dict[str, Any]]:
 def test_a_weighted_sum_outlives_its_service_and_every_part_is_logged(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_REWARD_TOKEN", TOKEN)
     port, run = free_port(), tmp_path / "run"
-    with (tmp_path / "log").open("w+") as log, reward_service("--function", f"{parts / 'functions.py'}:digits", port=port) as first:
-        training = subprocess.Popen(command(*train_words(parts, run, port)), cwd=CHECKOUT, env=environment(), stdout=log, stderr=log)
-        while training.poll() is None and not ((run / "metrics.jsonl").is_file() and len(rows_of(run)) >= 2):
-            time.sleep(0.1)
+    digits, log = ("--function", f"{parts / 'functions.py'}:digits"), tmp_path / "log"
+    patient = ("reward.parts.digits.retries=7", "timeouts.score_s=600")  # more than a service needs to come back on a busy machine
+    with reward_service(*digits, port=port) as first, driver(log, *train_words(parts, run, port), *patient) as training:
+        wait_for(has_rows(run, 1), training, log)
         first.send_signal(signal.SIGKILL)
         time.sleep(2.0)
-        rows_before = len(rows_of(run))
-        with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port):
-            code = training.wait(120)
+        rows_before = len(read_rows(run))
+        with reward_service(*digits, port=port):
+            code = training.wait(600)
 
-    assert code == 0, (tmp_path / "log").read_text()
-    assert 2 <= rows_before < 6, "the service went away in the middle"
+    assert code == 0, log.read_text()
+    assert 1 <= rows_before < 6, "the service went away in the middle"
     rows = rows_of(run)
     assert len(rows) == 6 and summary_of(run)["failed_prompts"] == {}
     trained = [row for row in rollouts(run) if row["fate"] == "trained"]
@@ -129,12 +130,10 @@ def test_a_service_that_stays_away_ends_the_run_by_name_and_resume_goes_on(
     monkeypatch.setenv("TEST_REWARD_TOKEN", TOKEN)
     port, run, log = free_port(), tmp_path / "run", tmp_path / "log"
     words = [*train_words(parts, run, port), "reward.parts.digits.backoff_s=0.1", "updates=12"]
-    with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port) as service, log.open("w") as stream:
-        training = subprocess.Popen(command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=stream)
-        while training.poll() is None and not ((run / "metrics.jsonl").is_file() and rows_of(run)):
-            time.sleep(0.1)
+    with reward_service("--function", f"{parts / 'functions.py'}:digits", port=port) as service, driver(log, *words) as training:
+        wait_for(has_rows(run, 1), training, log)
         os.kill(service.pid, signal.SIGKILL)
-        code = training.wait(60)
+        code = training.wait(300)
 
     assert code == 1, log.read_text()
     error = summary_of(run)["error"]
@@ -152,7 +151,7 @@ def test_a_service_that_stays_away_ends_the_run_by_name_and_resume_goes_on(
 
 def test_serve_reward_serves_a_model_and_the_reward_of_a_config(parts: Path) -> None:
     asked = {"prompts": ["1+1=", "1+1="], "completions": ["2", "12"], "columns": {"answer": ["2", "2"]}}
-    ports = free_port(), free_port()
+    ports = free_ports(2)
     words = ["conf/quickstart.yaml", "reward.parts.right.weight=3", f"reward.parts.digits.function={parts / 'functions.py'}:digits"]
     with reward_service("--model", str(parts / "judge"), port=ports[0]), reward_service(*words, port=ports[1]):
         model, summed = (

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from async_rlhf.recorder import read_rows
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARK = "ASYNC_RLHF_TESTED_BY"
 """Environment variable that every process of a tested command inherits: whose it is, on a machine with other runs."""
@@ -38,7 +40,7 @@ def environment() -> dict[str, str]:
     return {**env, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", MARK: str(os.getpid())}
 
 
-def run_cli(*words: str, timeout_s: float = 240) -> Finished:
+def run_cli(*words: str, timeout_s: float = 900) -> Finished:
     """Run `async-rlhf WORDS` to its end."""
     done = subprocess.run(
         command(*words), cwd=CHECKOUT, env=environment(), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
@@ -48,17 +50,11 @@ def run_cli(*words: str, timeout_s: float = 240) -> Finished:
 
 def run_until(*words: str, seen: Callable[[str], bool], signum: signal.Signals, log: Path, between: Callable[[], Any]) -> Finished:
     """Start `async-rlhf WORDS`; once `seen(its output)`, call `between`, send `signum`, and wait for the end."""
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command(*words), cwd=CHECKOUT, env=environment(), stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
-        ends = time.monotonic() + 180
-        while not seen(log.read_text()):
-            assert process.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()}"
-            time.sleep(0.2)
+    with driver(log, *words) as process:
+        wait_for(lambda: seen(log.read_text()), process, log, timeout_s=600)
         between()
         process.send_signal(signum)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=180)
     return Finished(code, log.read_text())
 
 
@@ -82,7 +78,7 @@ def driver(log: Path, *words: str, **env: str) -> Iterator["subprocess.Popen[byt
             process.wait()
 
 
-def wait_for(what: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 120) -> None:
+def wait_for(what: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 400) -> None:
     """Wait until it is so, while the process lives."""
     ends = time.monotonic() + timeout_s
     while not what():
@@ -91,12 +87,12 @@ def wait_for(what: Callable[[], bool], process: "subprocess.Popen[bytes]", log: 
 
 
 def has_rows(folder: Path, count: int) -> Callable[[], bool]:
-    """Whether a run has so many updates behind it."""
-    return lambda: (folder / "metrics.jsonl").is_file() and len(rows_of(folder)) >= count
+    """Whether a run has so many updates behind it; it may be writing the next row."""
+    return lambda: len(read_rows(folder)) >= count
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl of a run folder."""
+    """metrics.jsonl of a run that has ended: every line is a row. Of one that goes on: async_rlhf.recorder.read_rows."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -118,7 +114,7 @@ def ray_processes() -> set[int]:
     return found
 
 
-def wait_gone(before: set[int], timeout_s: float = 15) -> set[int]:
+def wait_gone(before: set[int], timeout_s: float = 90) -> set[int]:
     """Ray processes beyond `before` that are still there after `timeout_s`; a cluster's last ones need a moment to end."""
     ends = time.monotonic() + timeout_s
     while (left := ray_processes() - before) and time.monotonic() < ends:

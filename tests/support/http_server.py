@@ -1,9 +1,10 @@
 """A real HTTP server on a loopback port, which answers as a test says."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -83,8 +84,13 @@ def serving(answer: Callable[[Request], Reply], port: int = 0) -> Iterator[Serve
 
 def free_port() -> int:
     """A loopback port on which nobody listens."""
-    import socket
+    return free_ports(1)[0]
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+
+def free_ports(count: int) -> list[int]:
+    """So many of them, no two alike: each is held until all are found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
