@@ -132,11 +132,11 @@ async def train(crew: Crew, config: Config, version: int, on_update: Callable[[U
                 published=published,
                 usage=dict(crew.usage),
                 installs=dict(crew.installs),
-                generator_s=crew.roster.generator_s,
                 health=crew.roster.health(crew.installs),
                 take_s=max(0.0, trained - taken - max(report.train_s for report in reports)),
                 readings=crew.meters.readings,
                 processor=crew.processor_seconds,
+                generator_s=crew.roster.generator_s,  # last: it is divided by the time until the record is booked
             )
         )
         crew.update_s = time.perf_counter() - started

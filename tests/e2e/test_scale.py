@@ -1,6 +1,7 @@
 """Generators join and leave a real run that goes on, by the command line."""
 
 import json
+import operator
 import re
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 from actors.environment import LEARNER_NICENESS, SCORER_NICENESS
 from async_rlhf.audit import audit
 from async_rlhf.commands.guard import HEARTBEAT
-from tests.support.command import CHECKOUT, command, environment, ray_processes, rows_of, run_cli, summary_of
+from async_rlhf.recorder import read_rows
+from tests.support.command import CHECKOUT, command, environment, has_rows, ray_processes, rows_of, run_cli, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 WORDS = (
     *("train", "conf/quickstart.yaml", "batch_groups=16", "updates=100000", "run.local_cpus=4"),
@@ -62,7 +64,7 @@ def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_
         )
 
     def wait_for(what: Callable[[], bool]) -> None:
-        ends = time.monotonic() + 180
+        ends = time.monotonic() + 600
         while not what():
             assert driver.poll() is None and time.monotonic() < ends, f"it never came so far:\n{log.read_text()[-3000:]}"
             with suppress(FileNotFoundError):
@@ -70,9 +72,7 @@ def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_
             time.sleep(0.2)
 
     def more_rows(number: int) -> None:
-        file = folder / "metrics.jsonl"
-        before = len(rows_of(folder)) if file.is_file() else 0
-        wait_for(lambda: file.is_file() and len(rows_of(folder)) >= before + number)
+        wait_for(has_rows(folder, len(read_rows(folder)) + number))
 
     try:
         more_rows(2)
@@ -95,13 +95,15 @@ def test_generators_join_and_leave_a_run_that_goes_on_and_no_sample_is_lost(tmp_
         assert generator_processes() == 1
     finally:
         driver.send_signal(signal.SIGINT)
-        code = driver.wait(timeout=120)
+        code = driver.wait(timeout=400)
 
     assert code == 130, log.read_text()[-3000:]
     assert min(map(len, beats.values())) >= 2, beats
     found = audit(folder)
     assert found.problems == () and (found.lost, found.duplicated, found.bound_violations) == (0, 0, 0)
-    assert 0.9 < max(row["generate/generators"] for row in rows_of(folder)) <= 2.1
+    generators, seconds = ([row[name] for row in rows_of(folder)] for name in ("generate/generators", "time/update_s"))
+    assert 1.0 < sum(map(operator.mul, generators, seconds)) / sum(seconds) < 2.0, "one at first, then two, then one"
+    assert max(generators) < 2.5, "an update's own number is measured between two moments of the driver"
     assert summary_of(folder)["restarts"] == {}
     events = [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
     assert [(entry["event"], entry["name"]) for entry in events] == [("joined", "generator-1"), ("left", "generator-1")]
