@@ -120,6 +120,12 @@ def facts(page: Page) -> Any:
     return expect(page.locator("#facts"))
 
 
+def expect_drawn(page: Page, num_points: int) -> None:
+    """Wait for the curve of the reward; the facts change first, and the curve when its own rows have come."""
+    points = re.compile(rf"^M[\d. -]+(L[\d. -]+){{{num_points - 1}}}$")
+    expect(page.locator("#curve-reward path.bold")).to_have_attribute("d", points)
+
+
 def test_the_newest_living_run_is_followed_and_its_numbers_move(runs: dict[str, WrittenRun], address: str, watched: Watched) -> None:
     page, live = watched.page, runs["live"]
     live.update(10)
@@ -127,24 +133,28 @@ def test_the_newest_living_run_is_followed_and_its_numbers_move(runs: dict[str, 
     facts(page).to_contain_text("update 10 of 100")
     expect(page.locator("h1")).to_have_text("live")
     expect(page.locator(".badge")).to_have_text("training")
-    before = page.locator("#curve-reward path.bold").get_attribute("d")
+    expect_drawn(page, 10)
     tokens = page.locator(".flow").text_content() or ""
     assert "2,000" in tokens and "tokens/s" in tokens and "tickets/s" in tokens
 
-    stop = threading.Event()
+    stop, seen = threading.Event(), threading.Event()
 
     def drive() -> None:
-        while not stop.wait(0.05) and live.version < 60:
+        while live.version < 60 and not stop.wait(0.05):
+            if live.version == 50:
+                seen.wait()
             live.update(2)
 
     driver = threading.Thread(target=drive)
     driver.start()
     try:
         facts(page).to_contain_text(re.compile(r"update [2-5]\d of 100"))
-        expect(page.locator("#curve-reward path.bold")).not_to_have_attribute("d", before or "")
+        expect_drawn(page, 50)
+        seen.set()
         facts(page).to_contain_text("update 60 of 100")
     finally:
         stop.set()
+        seen.set()
         driver.join()
     expect(page.locator("#verdict")).not_to_be_empty()
 
@@ -155,14 +165,19 @@ def test_rows_that_a_restarted_learner_takes_back_leave_the_page(runs: dict[str,
         live.update(30 - live.version)
     page.goto(route(address, live))
     facts(page).to_contain_text(f"update {live.version} of 100")
+    expect_drawn(page, live.version)
 
     lines = (live.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (live.folder / "new").write_text("".join(lines[:12]))
     (live.folder / "new").replace(live.folder / "metrics.jsonl")
     live.version = 12
+    live.write_state()
+    facts(page).to_contain_text("update 12 of 100")
+    expect_drawn(page, 12)
     live.update(1)
 
     facts(page).to_contain_text("update 13 of 100")
+    expect_drawn(page, 13)
     figure = page.locator("#curve-reward")
     figure.locator("svg").focus()
     page.keyboard.press("ArrowLeft")
@@ -247,6 +262,7 @@ def test_a_dashboard_that_ended_is_told_and_found_again(runs: dict[str, WrittenR
     with dashboard(str(runs["done"].folder)) as here:
         page.goto(here)
         expect(page.locator(".badge")).to_have_text("finished", timeout=WAIT_MS)
+        expect(page.locator("#pulse")).to_contain_text("updated", timeout=WAIT_MS)
     expect(page.locator("#pulse")).to_contain_text("no answer", timeout=WAIT_MS)
     expect(page.locator("h1")).to_have_text("done")
     with dashboard(str(runs["done"].folder), "--port", here.rstrip("/").rpartition(":")[2]):
@@ -255,6 +271,7 @@ def test_a_dashboard_that_ended_is_told_and_found_again(runs: dict[str, WrittenR
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_a_real_run_is_followed_from_its_start_to_its_end(tmp_path: Path, watched: Watched) -> None:
     page, run = watched.page, tmp_path / "runs" / "real"
     words = ["train", "conf/quickstart.yaml", f"run.dir={run}", "updates=20", "evaluation.num_prompts=50"]
