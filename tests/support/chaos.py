@@ -59,16 +59,18 @@ NAMES = {
 }
 """How the name of a part begins in incidents.jsonl."""
 
-FAULT_DEADLINE_S = 120.0
+FAULT_DEADLINE_S = 300.0
 """A fault that has not recovered by then is a hang."""
 START_DEADLINE_S = 900.0
 """For the first updates: the supervised start may have to be trained before."""
-END_DEADLINE_S = 300.0
+END_DEADLINE_S = 600.0
 """For the rest of the run after its last fault."""
 AGENTS = ("dashboard/agent.py", "DashboardAgent", "runtime_env/agent", "RuntimeEnvAgent")
 """Of Ray: they look for their raylet every half minute only."""
 ENDING_S, AGENTS_ENDING_S = 20.0, 90.0
 """How long the processes of a run may outlive it."""
+STOPPED = 130
+"""Exit code of a driver that SIGINT ended."""
 
 Kind = Literal["kill", "freeze"]
 
@@ -224,6 +226,18 @@ class ChaosRun:
         except subprocess.TimeoutExpired:
             raise Hung(f"the run did not end within {limit_s:g} s after its last fault") from None
 
+    def cut_short(self, more: int) -> int:
+        """Stop the run as Ctrl-C does, have another driver train so many more updates, and wait for the end; returns its exit code.
+
+        Raises:
+            Ended: the stop did not end it as it should. Hung: an end does not come.
+        """
+        self.driver.send_signal(signal.SIGINT)
+        if (code := self.end()) != STOPPED:
+            raise Ended(f"the driver ended with {code} when it was told to stop, expected {STOPPED}")
+        self.driver = self._start("resume", str(self.folder), f"updates={self.version + more}")
+        return self.end()
+
     def leftovers(self) -> list[str]:
         """End whatever still lives of this run, and say what should not have: processes, shared memory, session folders."""
         ended = self.driver.poll() is not None
@@ -333,8 +347,12 @@ _MARK = "ASYNC_RLHF_CHAOS"
 """Environment variable that every process of a run inherits: also those whose parents are dead."""
 
 
-def disturb(folder: Path, faults: Sequence[Fault], seed: int, *settings: str) -> ChaosResult:
-    """One run under these faults, one after another at random moments; fewer of them where the run ends first."""
+def disturb(folder: Path, faults: Sequence[Fault], seed: int, *settings: str, more: int | None = None) -> ChaosResult:
+    """One run under these faults, one after another at random moments; fewer of them where the run ends first.
+
+    Args:
+        more: the run ends so many updates after its last fault, see cut_short(); None: where its settings say.
+    """
     rng, result = random.Random(seed), ChaosResult(runs=1)
     run = ChaosRun(folder, *settings)
     code: int | None = None
@@ -349,7 +367,7 @@ def disturb(folder: Path, faults: Sequence[Fault], seed: int, *settings: str) ->
             if outcome.problem:
                 result.problems.append(f"fault {len(result.faults)}, {fault.kind} {fault.target}: {outcome.problem}\n{run.last_words()}")
                 break
-        code = run.driver.poll() if result.problems else run.end()
+        code = run.driver.poll() if result.problems else run.end() if more is None else run.cut_short(more)
     except Hung as error:
         result.problems.append(f"{error}\n{run.last_words()}")
     except Ended as error:
