@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from async_rlhf.replayed import batches
 from async_rlhf.types import Batch
 from tests.support.command import Finished, ray_processes, rows_of, run_cli, run_until, summary_of, wait_gone
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SMALL = ("train", "conf/quickstart.yaml", "algorithm=rloo", "batch_groups=16", "task.held_out=50", "checkpoint.every_updates=4")
 UPDATES = 16
@@ -54,7 +55,7 @@ def killed(folders: Path, second_driver: SecondDriver) -> Path:
 
     def hold() -> None:
         os.kill(json.loads((folder / "ray.json").read_text())["pid"], signal.SIGSTOP)  # or it ends before the second one is there
-        second_driver.before = files(folder)
+        second_driver.before = at_rest(folder)
         second_driver.said = run_cli("resume", str(folder), "generator.count=2")
         second_driver.after = files(folder)
 
@@ -90,6 +91,18 @@ def copy(killed: Path, tmp_path: Path) -> Iterator[Path]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def at_rest(folder: Path) -> dict[str, bytes]:
+    """The files, once a second has left them as they were: an actor may still write what its driver asked for before it was stopped."""
+    last, since, ends = dict[str, bytes](), time.monotonic(), time.monotonic() + 60
+    while not last or time.monotonic() - since < 1.0:
+        assert time.monotonic() < ends, "the files never come to rest"
+        time.sleep(0.1)
+        with suppress(FileNotFoundError):  # a file for a moment, renamed since
+            if (found := files(folder)) != last:
+                last, since = found, time.monotonic()
+    return last
 
 
 def checkpoints(folder: Path) -> list[int]:
