@@ -9,7 +9,7 @@ from async_rlhf.evaluation_log import read_evaluations, read_samples
 from async_rlhf.intervals import wilson_interval
 from tests.support.command import rows_of, run_cli, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 QUICKSTART = "conf/quickstart.yaml"
 SMALL = ("updates=6", "batch_groups=32", "evaluation.num_prompts=60", "evaluation.every_updates=2", "evaluation.sampled=true")
 

@@ -17,7 +17,7 @@ from tests.support.cluster import make_model_folder
 from tests.support.command import rows_of, run_cli
 from tests.support.tiny_policy import logprobs_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 COMMON = (
     *("conf/quickstart.yaml", "updates=3", "max_staleness=0", "batch_groups=8", "completions_per_prompt=4", "queue.ties=keep"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command import CHECKOUT, environment
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 def benchmark(*words: str) -> subprocess.CompletedProcess[str]:

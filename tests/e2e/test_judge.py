@@ -24,7 +24,7 @@ from async_rlhf.types import Prompt
 from tests.support.command import environment
 from tests.support.http_server import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TOKEN = "a-secret-of-this-test"
 TEMPLATE = (
@@ -87,7 +87,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("w+") as log:
         server = subprocess.Popen(words, env={**environment(), **settings}, stdout=log, stderr=log, start_new_session=True)
         try:
-            ends = time.monotonic() + 120
+            ends = time.monotonic() + 400
             while not _healthy(port):
                 assert server.poll() is None and time.monotonic() < ends, (folder / "log").read_text()[-4000:]
                 time.sleep(0.3)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.command import rows_of, run_cli, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "bok"])

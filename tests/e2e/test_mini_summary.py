@@ -10,13 +10,13 @@ from tests.support.command import Finished, rows_of, run_cli, summary_of
 EXPERIMENT = "conf/experiment/mini_summary.yaml"
 
 
-def train(folder: Path, cache: Path, *more: str, timeout_s: float = 240) -> Finished:
+def train(folder: Path, cache: Path, *more: str, timeout_s: float = 900) -> Finished:
     caches = (f"sft.cache_dir={cache}", f"reward_model.cache_dir={cache}")
     return run_cli("train", EXPERIMENT, f"run.dir={folder}", *caches, *more, timeout_s=timeout_s)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_all_stages_run_from_one_command_and_the_first_two_are_kept(tmp_path: Path) -> None:
     cache, folder = tmp_path / "cache", tmp_path / "run"
     small = ("task.num_train=400", "sft.max_steps=20", "sft.eval_every=10", "reward_model.num_pairs=300", "reward_model.held_out=50")

@@ -13,7 +13,7 @@ from async_rlhf.tasks.start import build_policy, build_tokenizer
 from tests.support.command import rows_of, run_cli, summary_of
 from tests.support.tiny_policy import with_character
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TEMPLATE = "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}(assistant) {% endif %}"
 

@@ -21,7 +21,7 @@ from async_rlhf.commands.export import run_export
 from tests.support.cluster import make_model_folder
 from tests.support.run_folders import make_checkpoint, make_run, trained
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 """What `vllm serve` runs; the command itself asks for a package `vllm`, which the CPU build is not called."""
@@ -60,7 +60,7 @@ def served(folder: Path, log: Path) -> Iterator[httpx.Client]:
 
 
 def wait_until_healthy(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 400
     while True:
         assert process.poll() is None and time.monotonic() < ends, log.read_text()[-4000:]
         try:

@@ -22,7 +22,7 @@ from async_rlhf.stages.perform import perform
 from tests.support.cluster import make_model_folder
 from tests.support.command import Finished, run_cli, run_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.support.command import ray_processes, rows_of, run_cli, run_until, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SUMMARY_KEYS = {
     *("start_accuracy", "final_accuracy", "max_staleness", "staleness_max", "updates", "prompts", "completions", "tokens", "wall_s"),

@@ -9,7 +9,7 @@ from async_rlhf.config import load_config
 from async_rlhf.recorder import Recorder, without_secrets
 from async_rlhf.wandb_sink import WandbSink
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 HEADER_BYTES, BLOCK_BYTES, RECORD_HEADER_BYTES = 7, 32768, 7
 SECRET = "hunter2"

@@ -10,7 +10,7 @@ import pytest
 from tests.support.command import CHECKOUT, environment, rows_of, summary_of
 from tests.support.worked_example import apply_page
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_the_algorithm_of_the_page_passes_its_tests_and_trains(tmp_path: Path) -> None:
@@ -20,8 +20,8 @@ def test_the_algorithm_of_the_page_passes_its_tests_and_trains(tmp_path: Path) -
     tests = (*(f"tests/unit/test_{name}.py" for name in named), "-q", "-p", "no:cacheprovider")
     words = ("train", "conf/quickstart.yaml", "algorithm=rebel", "updates=4", f"run.dir={tmp_path / 'run'}")
 
-    checked = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=copy, env=env, capture_output=True, text=True, timeout=200)
-    done = subprocess.run([sys.executable, "-m", "async_rlhf", *words], cwd=copy, env=env, capture_output=True, text=True, timeout=200)
+    checked = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=copy, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-m", "async_rlhf", *words], cwd=copy, env=env, capture_output=True, text=True, timeout=500)
 
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert done.returncode == 0, done.stdout + done.stderr
