@@ -18,14 +18,15 @@ MAX_GATHER_S = 1.0
 def reserve(config: Config) -> int:
     """Completions that wait at a generator for one of its seats, so that none is empty while tickets are on their way.
 
-    A group at least; but no more than there may be for this generator, which would take them from another's empty seats, and none where
-    installs wait until the engine has finished all that it has. The generators are those of the config, however many have joined since.
+    Two groups at least, as the next is asked for when one has gone; but no more than there may be for this generator, which would take
+    them from another's empty seats, and none where installs wait until the engine has finished all that it has. The generators are those
+    of the config, however many have joined since.
     """
     if config.weights.on_update == "drain":
         return 0
     size, seats = config.completions_per_prompt, config.generator.max_inflight
     share = (config.max_staleness + 1) * config.batch_groups * size // config.generator.count
-    return max(0, min(max(size, seats // SEATS_PER_RESERVE), share - seats))
+    return max(0, min(max(2 * size, seats // SEATS_PER_RESERVE), share - seats))
 
 
 def room(config: Config, num_completions: int) -> int:

@@ -17,8 +17,8 @@ def config_of(seats: int, size: int = 4, *, batch_groups: int = 1000, count: int
     return Config(completions_per_prompt=size, batch_groups=batch_groups, max_staleness=max_staleness, generator=generator)
 
 
-def test_a_reserve_is_half_of_the_seats_and_a_group_at_least():
-    assert [reserve(config_of(seats)) for seats in (4, 16, 64, 256)] == [4, 8, 32, 128]
+def test_a_reserve_is_half_of_the_seats_and_two_groups_at_least():
+    assert [reserve(config_of(seats)) for seats in (4, 16, 64, 256)] == [8, 8, 32, 128]
 
 
 def test_no_reserve_is_held_that_other_generators_have_empty_seats_for():
