@@ -180,6 +180,7 @@ class EngineLoop:
             try:
                 result = command.run(self._engine)
             except BaseException as error:
+                self._failure = error  # before whoever asked is answered, and looks
                 command.future.set_exception(error)
                 raise
             command.future.set_result(result)

@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from actors.step_cost import StepMoments
 from async_rlhf.errors import EngineError
 from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan
+from tests.support.pacing import Permits, eventually
 
 pytestmark = pytest.mark.timeout(30)
 WAIT_S = 10.0
@@ -30,7 +31,7 @@ class PacedEngine:
 
     def __init__(self) -> None:
         self.events: list[str] = []
-        self.allowed = threading.Semaphore(0)
+        self.allowed = Permits()
         self.closed = threading.Event()
         self.step_error: Exception | None = None
         self._left: dict[str, int] = {}
@@ -51,7 +52,7 @@ class PacedEngine:
 
     def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
         if self._left:
-            assert self.allowed.acquire(timeout=WAIT_S), "the test allowed no step"
+            self.allowed.take()
             self.events.append("step")
             if self.step_error is not None:
                 raise self.step_error
@@ -90,18 +91,16 @@ class Stage:
     def add(self, name: str, num_steps: int = 1) -> None:
         self.loop.call(lambda engine: engine.add(request(name, num_steps))).result(timeout=WAIT_S)
 
+    def start(self, name: str, num_steps: int = 1) -> None:
+        """Add the first, and wait until its first step has begun: what is asked for from now on comes after that."""
+        self.add(name, num_steps)
+        eventually(lambda: self.engine.allowed.asked == 1)
+
     def note(self, text: str, *, when_idle: bool = False) -> Any:
         return self.loop.call(lambda engine: self.engine.events.append(text), when_idle=when_idle)
 
     def allow(self, num_steps: int) -> None:
         self.engine.allowed.release(num_steps)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.002)
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def staged() -> Iterator[Stage]:
 
 def test_a_command_falls_between_two_steps():
     with staged() as stage:
-        stage.add("a", num_steps=3)
+        stage.start("a", num_steps=3)
         done = stage.note("command")  # asked for while the first step goes on
         stage.allow(3)
         done.result(timeout=WAIT_S)
@@ -127,7 +126,7 @@ def test_a_command_falls_between_two_steps():
 
 def test_commands_run_in_the_order_in_which_they_were_asked_for():
     with staged() as stage:
-        stage.add("a", num_steps=2)
+        stage.start("a", num_steps=2)
         futures = [stage.note(str(index)) for index in range(5)]
         stage.allow(1)
         futures[-1].result(timeout=WAIT_S)
@@ -153,7 +152,7 @@ def test_a_command_for_an_idle_engine_waits_for_the_running_ones_and_holds_later
 
 def test_commands_asked_for_before_a_waiting_one_do_not_wait_with_it():
     with staged() as stage:
-        stage.add("a", num_steps=5)
+        stage.start("a", num_steps=5)
         usual, drained = stage.note("usual"), stage.note("install", when_idle=True)
         stage.allow(1)
         usual.result(timeout=WAIT_S)
@@ -185,7 +184,7 @@ def test_an_idle_loop_does_not_step():
 def test_completions_that_finish_inside_a_command_are_handed_out_without_further_work():
     """The canary of an install steps the engine: the last completions may end in it, with nothing left to wake the loop."""
     with staged() as stage:
-        stage.add("a", num_steps=2)
+        stage.start("a", num_steps=2)
         scoring = stage.loop.call(lambda engine: stage.engine.advance())
         stage.allow(1)
         scoring.result(timeout=WAIT_S)
@@ -196,7 +195,7 @@ def test_completions_that_finish_inside_a_command_are_handed_out_without_further
 def test_usage_counts_completions_tokens_and_busy_time():
     with staged() as stage:
         assert (stage.loop.usage.num_tokens, stage.loop.usage.num_completions, stage.loop.usage.busy_s) == (0, 0, 0.0)
-        stage.add("a", num_steps=3)
+        stage.start("a", num_steps=3)
         stage.loop.call(lambda engine: engine.add(request("b", 1)))
         time.sleep(0.05)
         stage.allow(3)
@@ -228,18 +227,21 @@ def test_an_error_in_a_step_fails_everybody_who_waits_and_every_later_call():
 
 def test_an_error_in_a_command_reaches_its_caller_as_it_is_and_ends_the_loop():
     with staged() as stage:
-        stage.add("a", num_steps=5)
+        stage.start("a", num_steps=5)
 
         def fail(engine: object) -> None:
             raise ValueError("bad weights")
 
+        seen: list[BaseException | None] = []
         failing, behind = stage.loop.call(fail), stage.note("behind")
+        failing.add_done_callback(lambda _: seen.append(stage.loop.failure))
         stage.allow(1)
 
         with pytest.raises(ValueError, match="bad weights"):
             failing.result(timeout=WAIT_S)
         with pytest.raises(EngineError, match="bad weights"):
             behind.result(timeout=WAIT_S)
+        assert seen == [failing.exception()], "who is answered sees the failure"
         assert stage.engine.closed.wait(WAIT_S)
         with pytest.raises(EngineError, match="bad weights"):
             stage.note("too late")
@@ -265,6 +267,7 @@ def test_close_fails_whoever_still_waits():
         stage.allow(1)
         closing = threading.Thread(target=stage.loop.close)
         closing.start()
+        eventually(lambda: stage.loop.closed)
         stage.allow(1)
         closing.join(WAIT_S)
 
@@ -323,7 +326,7 @@ def test_the_end_of_the_loop_fails_those_who_wait(fails: bool):
 def test_who_asks_too_late_learns_of_the_end_too():
     """The question is still behind the step that fails."""
     with staged() as stage:
-        stage.add("a")
+        stage.start("a")
         stage.engine.step_error = RuntimeError("out of memory")
         waiting = stage.loop.when(lambda engine: None)
         stage.allow(1)
