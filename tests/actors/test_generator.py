@@ -1,7 +1,6 @@
 """The generator around the transformers engine: from tickets to groups, from weights to verified weights."""
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from async_rlhf.config import Config, load_config
 from async_rlhf.errors import EngineError, WeightsError
 from async_rlhf.protocols import Occupancy
 from async_rlhf.types import FinishReason, Prompt, Rollout, RolloutGroup, Ticket, VersionSpan
+from tests.support.pacing import Permits, eventually
 from tests.support.samples import make_ticket
 from tests.support.tiny_policy import logprobs_of, save_tiny_policy, tiny_policy, weights_of
 
@@ -228,18 +228,18 @@ def test_known_mistake_4_a_snapshot_is_copied_into_the_engine_and_not_shared_wit
 class PacedEngine(TransformersEngine):
     """Steps only when the test allows it: an install can be put between two known tokens."""
 
-    allowed: threading.Semaphore
+    allowed: Permits
 
     def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
         if self.num_running:
-            assert self.allowed.acquire(timeout=WAIT_S), "the test allowed no step"
+            self.allowed.take()
         return super().step()
 
 
 @contextmanager
-def paced(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[tuple[Generator, threading.Semaphore]]:
+def paced(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[tuple[Generator, Permits]]:
     config = make_config("completions_per_prompt=6", *overrides)
-    allowed = threading.Semaphore(0)
+    allowed = Permits()
 
     def make_engine(_: Config, model_folder: Path) -> PacedEngine:
         engine = PacedEngine(model_folder, config.generator, eos_token_id=EOS, num_slots=config.generator.max_inflight)
@@ -260,21 +260,9 @@ def in_thread(function: Callable[[], Any]) -> Any:
     return ThreadPoolExecutor(1).submit(function)
 
 
-def drained(allowed: threading.Semaphore) -> bool:
-    """All allowed steps have begun."""
-    return not allowed._value  # type: ignore[attr-defined]
-
-
 def waits(generator: Generator) -> bool:
     """A command waits for its turn. The one look inside: a sleep in its place would be a race."""
     return bool(generator._loop._commands)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_groups_are_handed_out_one_by_one_as_they_finish(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -282,11 +270,14 @@ def test_groups_are_handed_out_one_by_one_as_they_finish(folder: Path, monkeypat
     handed_out: list[tuple[list[int], int]] = []
     with paced(folder, monkeypatch, "generator.max_inflight=6") as (generator, allowed):
         generator.submit([ticket(number) for number in range(3)])
+        num_allowed = 0
         while len(handed_out) < 3:
-            if drained(allowed):
-                allowed.release(1)
-            collected, groups = generator.collect(0.0, 0.005)  # of a step that has begun, or of the one before
+            asks = allowed.asked > num_allowed
+            collected, groups = generator.collect(0.0, 0.005)  # if another step asks: all of the one before
             handed_out += [([group.ticket.ticket_id for group in groups], collected.num_inflight)] if groups else []
+            if asks:
+                num_allowed += 1
+                allowed.release(1)
 
     assert handed_out == [([0], 2), ([1], 1), ([2], 0)]
 
@@ -297,7 +288,7 @@ def test_keep_goes_on_under_the_new_weights_and_every_token_carries_its_version(
     with paced(folder, monkeypatch, "weights.on_update=keep") as (generator, allowed):
         generator.submit([ticket(0)])
         allowed.release(3)
-        eventually(lambda: drained(allowed))
+        eventually(lambda: allowed.asked == 4)
         installing = in_thread(lambda: generator.install(weights_of(new, 1)))
         eventually(lambda: waits(generator))  # behind the fourth step
         allowed.release(1)
@@ -373,7 +364,7 @@ def test_drain_finishes_what_runs_first_and_holds_later_tickets_back(folder: Pat
     with paced(folder, monkeypatch, "weights.on_update=drain") as (generator, allowed):
         generator.submit([ticket(0)])
         allowed.release(2)
-        eventually(lambda: drained(allowed))
+        eventually(lambda: allowed.asked == 3)
         installing = in_thread(lambda: generator.install(weights_of(tiny_policy(7), 1)))
         eventually(lambda: waits(generator))
         generator.submit([ticket(1)])
@@ -390,7 +381,7 @@ def test_a_finished_group_waits_for_others_and_no_longer_than_it_is_told(folder:
     with paced(folder, monkeypatch, "generator.max_inflight=6") as (generator, allowed):
         generator.submit([ticket(0), ticket(1)])
         allowed.release(11)  # at most ten tokens each: the first six completions end
-        eventually(lambda: drained(allowed))
+        eventually(lambda: allowed.asked == 12)
         _, none = generator.collect(60.0, 0.2)
         early, groups = generator.collect(0.25, WAIT_S)
         allowed.release(100)
@@ -405,7 +396,7 @@ def test_all_in_flight_means_all_even_when_the_time_is_up(folder: Path, monkeypa
     with paced(folder, monkeypatch, "generator.max_inflight=6") as (generator, allowed):
         generator.submit([ticket(0), ticket(1)])
         allowed.release(11)  # at most ten tokens each for the first six completions
-        eventually(lambda: drained(allowed))
+        eventually(lambda: allowed.asked == 12)
         generator.submit([ticket(2)])
         early, none = generator.collect(math.inf, 0.2)
         allowed.release(100)
@@ -469,8 +460,10 @@ def test_a_wrong_canary_at_the_first_install_is_refused(folder: Path):
 
 
 def test_an_engine_that_fails_in_a_step_is_reported_to_whoever_collects(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: object) -> None:
-        raise MemoryError("no room")
+    def fail(self: TransformersEngine) -> list[tuple[str, tuple[Rollout, ...]]]:
+        if self.num_running:  # behind the install there may be a step of nothing
+            raise MemoryError("no room")
+        return []
 
     with generating(folder) as generator:
         monkeypatch.setattr(TransformersEngine, "step", fail)
