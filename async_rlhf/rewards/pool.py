@@ -42,7 +42,7 @@ class WorkerProcess:
         """
         kind, value = self._receive(START_S)
         if kind != "ready":
-            self.kill()
+            self.close()
             raise ConfigError(f"a worker process for {self._path} did not start: {value}")
 
     def call(self, texts: Texts, deadline_s: float) -> WorkerAnswer:
@@ -50,7 +50,7 @@ class WorkerProcess:
         try:
             self._connection.send(texts)
         except OSError:
-            self.kill()
+            self.close()
             return "failed", "the worker process died"
         return self._receive(deadline_s)
 
@@ -60,9 +60,13 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End it, whatever it does; from any thread: whoever waits for its answer learns of that."""
         self._process.kill()
         self._process.wait()
+
+    def close(self) -> None:
+        """The same where nobody else uses it any more: the connection ends, too."""
+        self.kill()
         self._connection.close()
 
     def _receive(self, limit_s: float) -> WorkerAnswer:
@@ -75,7 +79,7 @@ class WorkerProcess:
             with suppress(subprocess.TimeoutExpired):  # the connection ends a moment before the process
                 self._process.wait(1.0)
             why = f"the worker process died (exit code {self._process.poll()}) and was replaced"
-        self.kill()
+        self.close()
         return kind, why
 
 
@@ -122,16 +126,18 @@ class PooledFunctionReward:
         for worker in set(self._workers):
             worker.kill()
         self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     def _score(self, texts: Texts) -> list[float]:
         worker = self._idle.get()
         failures: list[Exception] = []
         try:
             for attempt in range(self._settings.retries + 1):
-                if self._closed:
-                    break
                 if attempt:
                     time.sleep(pause_s(self._settings, attempt))
+                if self._closed:
+                    break
                 if not worker.alive:
                     worker = self._replaced(worker)
                 kind, value = worker.call(texts, self._settings.deadline_s)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from async_rlhf.errors import ConfigError, RewardError, RewardLostError
 from async_rlhf.rewards.base import Texts
 from async_rlhf.rewards.pool import PooledFunctionReward
 from async_rlhf.types import Prompt
+from tests.support.pacing import eventually
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,6 +35,10 @@ def score(prompts, completions, **columns):
         word, _, rest = completion.partition(" ")
         if word == "sleep":
             time.sleep(float(rest))
+        if word == "touch":
+            (HERE / rest).touch()
+        while word == "await" and not all((HERE / name).exists() for name in rest.split()):
+            time.sleep(0.01)
         if word == "die" and not (HERE / "died").exists():
             (HERE / "died").touch()
             os._exit(7)
@@ -103,10 +110,14 @@ def test_a_call_longer_than_its_deadline_is_ended_and_its_process_replaced(pool:
     assert len(children()) == 2
 
 
-def test_a_function_that_answers_nothing_any_more_ends_the_run_and_a_slow_completion_does_not(function: str):
-    reward = PooledFunctionReward(function, RewardPartConfig(processes=1, deadline_s=0.1, retries=0))
+def test_a_function_that_answers_nothing_any_more_ends_the_run_and_a_slow_completion_does_not(
+    function: str, monkeypatch: pytest.MonkeyPatch
+):
+    strict = RewardPartConfig(processes=1, deadline_s=0.1, retries=0)
+    reward = PooledFunctionReward(function, strict)
     try:
         for completion in ("sleep 9", "a", "sleep 9", "sleep 9"):
+            monkeypatch.setattr(reward, "_settings", replace(strict, deadline_s=20.0) if completion == "a" else strict)
             with nullcontext() if completion == "a" else pytest.raises(RewardError):
                 reward.rate(prompts_of(1), [completion])
         with pytest.raises(RewardLostError, match="3 calls in a row got no answer"):
@@ -136,22 +147,30 @@ def test_a_score_that_is_no_number_is_not_asked_for_again(pool: PooledFunctionRe
 
 
 def test_a_slow_completion_does_not_hold_up_the_others_calls(function: str):
-    reward = PooledFunctionReward(function, RewardPartConfig(processes=2, batch_size=1, deadline_s=20))
+    """It waits for all of them."""
+    reward = PooledFunctionReward(function, RewardPartConfig(processes=2, batch_size=1, deadline_s=20, retries=0))
+    others = [f"other-{index}" for index in range(6)]
     try:
-        began = time.monotonic()
-        reward.rate(prompts_of(7), ["sleep 0.9"] + ["sleep 0.15"] * 6)
-        assert time.monotonic() - began < 1.7, "6 x 0.15 s beside 0.9 s"
+        reward.rate(prompts_of(7), [f"await {' '.join(others)}", *(f"touch {name}" for name in others)])
     finally:
         reward.close()
 
 
-def test_closing_ends_all_processes_even_busy_ones(function: str, tmp_path: Path):
+def test_closing_ends_all_processes_even_busy_ones(function: str, monkeypatch: pytest.MonkeyPatch):
+    """Whoever waits for a busy one ends it, too, at the same time: its connection is closed once."""
+
+    def close_slowly(connection: Connection) -> None:
+        descriptor = connection.fileno()
+        time.sleep(0.1)
+        os.close(descriptor)
+
     before = children()
     reward = PooledFunctionReward(function, RewardPartConfig(processes=2))
     assert len(children() - before) == 2
     with ThreadPoolExecutor(1) as thread:
-        busy = thread.submit(reward.rate, prompts_of(1), ["sleep 60"])
-        time.sleep(0.3)
+        busy = thread.submit(reward.rate, prompts_of(4), ["touch busy-0", "sleep 60", "touch busy-1", "sleep 60"])
+        eventually(lambda: all(Path(function).with_name(f"busy-{index}").exists() for index in range(2)))
+        monkeypatch.setattr(Connection, "_close", close_slowly)
 
         reward.close()
 
