@@ -35,13 +35,18 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors.pipeline, "POLL_S", 0.02)
 
 
-async def scaled(stage: Stage, *counts: int, then: Callable[[], bool] = lambda: True) -> list[str]:
-    """Scale to each count in turn while the produce loops run, then wait until `then`; returns what was said."""
+async def scaled(stage: Stage, *counts: int, when: Callable[[], bool] | None = None, then: Callable[[], bool] = lambda: True) -> list[str]:
+    """Scale to each count in turn while the produce loops run, then wait until `then`; returns what was said.
+
+    Args:
+        when: what the first change waits for; None: somebody is at work.
+    """
     lines: list[str] = []
     done = asyncio.Event()
 
     async def scale() -> None:
-        await asyncio.sleep(0.05)
+        while not (when() if when else Phase.AT_WORK in phases(stage).values()):
+            await asyncio.sleep(0.002)
         for count in counts:
             await stage.pool.scale(count, lines.append)
         done.set()
@@ -54,6 +59,11 @@ async def scaled(stage: Stage, *counts: int, then: Callable[[], bool] = lambda: 
 
 def phases(stage: Stage) -> dict[str, str]:
     return {seat.member.name: str(seat.phase) for seat in stage.crew.roster}
+
+
+def inflight(stage: Stage, name: str) -> int:
+    """Groups of the first who played the part."""
+    return len(stage.played(name)[0].inflight)
 
 
 def put_once(stage: Stage, count: int) -> bool:
@@ -197,7 +207,7 @@ def test_one_that_leaves_finishes_what_it_has_and_takes_no_more():
     async def story() -> None:
         stage = await Stage(FakeQueue(num_tickets=60), Slow, num_generators=2).begin()
 
-        lines = await scaled(stage, 1, then=lambda: stage.queue.done)
+        lines = await scaled(stage, 1, when=lambda: inflight(stage, "generator-1") == 4, then=lambda: stage.queue.done)
 
         (leaver,) = stage.played("generator-1")
         assert put_once(stage, 60) and stage.queue.lost == [] and leaver.inflight == []
@@ -216,7 +226,7 @@ def test_what_is_left_after_leave_s_goes_out_again():
         make: Make = lambda name: FakeGenerator(name, stuck=name == B)  # noqa: E731
         stage = await Stage(FakeQueue(num_tickets=30), make, (), "timeouts.leave_s=0.1", num_generators=2).begin()
 
-        await scaled(stage, 1, then=lambda: stage.queue.done)
+        await scaled(stage, 1, when=lambda: inflight(stage, "generator-1") > 0, then=lambda: stage.queue.done)
 
         assert put_once(stage, 30)
         held = set(stage.played("generator-1")[0].sampled_by)
@@ -234,7 +244,7 @@ def test_one_that_dies_while_it_leaves_is_not_started_again():
                 handle.die()
 
         stage.fate = die_when_leaving
-        await scaled(stage, 1, then=lambda: stage.queue.done)
+        await scaled(stage, 1, when=lambda: inflight(stage, "generator-1") > 0, then=lambda: stage.queue.done)
 
         assert put_once(stage, 40) and len(stage.played("generator-1")) == 1
         assert [entry["event"] for entry in stage.incidents] == ["left"] and stage.supervisor.restarts == {}
@@ -292,7 +302,10 @@ def test_those_without_work_leave_first_and_then_the_youngest():
         stage.cluster.homeless = {"generator-1"}
         stage.fate = lambda handle, method, args, through: handle.die() if handle.name == "generator-1.0.0" else None
 
-        await scaled(stage, 2, then=lambda: len(stage.queue.put_ids) > 100)
+        def others_at_work() -> bool:
+            return list(phases(stage).values()).count(Phase.AT_WORK) == 3
+
+        await scaled(stage, 2, when=others_at_work, then=lambda: len(stage.queue.put_ids) > 100)
 
         assert set(phases(stage)) == {"generator-0", "generator-2"}
 

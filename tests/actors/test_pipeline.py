@@ -461,7 +461,7 @@ def test_groups_go_to_whichever_scorer_is_free():
     """The first is busy with one group while the others score all the rest."""
 
     async def story() -> None:
-        stage = await Stage(FakeQueue(num_tickets=9), scorers=[FakeScorer(pause_s=1.0), FakeScorer(), FakeScorer()]).begin()
+        stage = await Stage(FakeQueue(num_tickets=9), scorers=[FakeScorer(pause_s=20.0), FakeScorer(), FakeScorer()]).begin()
 
         await stage.until(lambda: len(stage.queue.put_ids) == 8)
 
@@ -496,11 +496,11 @@ def test_a_slow_scorer_does_not_stop_the_generator():
     """All groups are collected while the first still waits for its score."""
 
     async def story() -> None:
-        stage = await Stage(FakeQueue(num_tickets=6), scorers=[FakeScorer(pause_s=0.3)]).begin()
+        stage = await Stage(FakeQueue(num_tickets=6), scorers=[FakeScorer(pause_s=20.0)]).begin()
 
-        await stage.until(lambda: bool(stage.queue.put_ids))
+        await stage.until(lambda: len(stage.queue.of(WithScorer)) == 6)
 
-        assert len(stage.queue.of(WithScorer)) == 6
+        assert stage.queue.put_ids == [] and stage.scorers[0].calls == [[0]]
 
     run(story())
 
@@ -1066,11 +1066,12 @@ def test_stopping_in_the_middle_of_an_update_ends_after_it():
         stage = await Stage(num_generators=0).begin()
         stage.learner.pause_s = 0.1
         training = asyncio.create_task(stage.train())
-        await asyncio.sleep(0.05)
+        while not any(event.startswith("train 0 begins") for event in stage.events):
+            await asyncio.sleep(0.002)
 
         stage.crew.stopping.set()
 
-        assert await asyncio.wait_for(training, 2) == 1
+        assert await asyncio.wait_for(training, 20) == 1
         assert stage.events[-1] == "queue.trained"
 
     run(story())
