@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from async_rlhf.errors import ConfigError, RunError
 from async_rlhf.sharding import shard_batch
 from async_rlhf.types import StepReport, WeightsVersion
 from tests.support.cluster import local_cluster, make_model_folder, small_config
+from tests.support.pacing import eventually
 from tests.support.ranks import Ranks, learner_worlds, make_batch
 from tests.support.settings import with_value
 
@@ -239,23 +239,28 @@ def test_a_checkpoint_of_adapters_holds_these_alone_and_is_refused_by_other_ones
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_show_in_it(worlds: dict[int, Ranks], tmp_path: Path) -> None:
-    """A disk of 0.4 s per file: only the first is written before the update is through."""
+    """The disk holds the first file until the update is through."""
+
+    def written(folder: Path) -> list[str]:
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
     learner = FreshLearner(worlds, config_of("ppo", 1, 0))
     learner.train(0)
     plain = learner.save(tmp_path / "plain", version=1)
-    learner.call("slow_disk", 0.4)
+    held, free = tmp_path / "overlapped", tmp_path / "free"
+    learner.call("hold_disk", str(free))
     try:
-        started = time.perf_counter()
-        asyncio.run(learner.ranks.group.save(str(tmp_path / "overlapped"), 1))
-        save_s = time.perf_counter() - started
+        asyncio.run(learner.ranks.group.save(str(held), 1))
+        eventually(lambda: bool(written(held)))
         learner.train(1)
-        train_s = time.perf_counter() - started - save_s
+        meanwhile = written(held)
+        free.touch()
         overlapped = asyncio.run(learner.ranks.group.saved())
-        written_s = time.perf_counter() - started
     finally:
-        learner.call("slow_disk", 0.0)
+        free.touch()
+        learner.call("hold_disk", "")
 
-    assert save_s < 0.3 and train_s < 1.0 and written_s > 2.0, f"{save_s=:.2f} {train_s=:.2f} {written_s=:.2f}"
+    assert len(meanwhile) == 1 and written(held) == sorted(plain)
     assert overlapped == plain, "sizes and checksums of the files"
 
 

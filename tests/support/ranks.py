@@ -52,12 +52,26 @@ class SwitchingRank(LearnerRank):
         """Let every later fsync take at least `seconds`."""
         os.fsync = functools.partial(_slow_sync, seconds)  # type: ignore[assignment]
 
+    def hold_disk(self, until: str) -> None:
+        """Let every later fsync wait until the file `until` exists; empty: wait for nothing."""
+        os.fsync = functools.partial(_held_sync, Path(until)) if until else SYNC  # type: ignore[assignment]
+
 
 SYNC = os.fsync
+HOLD_S = 100.0
 
 
 def _slow_sync(seconds: float, descriptor: int) -> None:
     time.sleep(seconds)
+    SYNC(descriptor)
+
+
+def _held_sync(until: Path, descriptor: int) -> None:
+    ends = time.monotonic() + HOLD_S
+    while not until.exists():
+        if time.monotonic() > ends:
+            raise OSError(f"{until} did not come in {HOLD_S:g} s")
+        time.sleep(0.005)
     SYNC(descriptor)
 
 
