@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from async_rlhf.snapshot import snapshot_of_folder
 from async_rlhf.types import Rollout, RolloutGroup, WeightsVersion
 from tests.support.adapted import adapted_policy, adapted_version
 from tests.support.cluster import local_cluster, make_model_folder, small_config
+from tests.support.pacing import eventually
 from tests.support.samples import make_ticket
 from tests.support.tiny_policy import logprobs_of
 
@@ -68,6 +68,12 @@ def collect(actor: RemoteActor, num_groups: int) -> list[RolloutGroup]:
     while len(groups) < num_groups:
         groups += ask(actor, "collect", 0.0, 5.0)[1]
     return sorted(groups, key=lambda group: group.ticket.ticket_id)
+
+
+def submit_and_begin(actor: RemoteActor, num_groups: int) -> None:
+    """Submit groups to an idle engine, and wait until it samples some of them."""
+    ask(actor, "submit", [make_ticket(index, seed=index) for index in range(num_groups)])
+    eventually(lambda: ask(actor, "usage").occupancy.num_running > 0)
 
 
 def policy_logprobs(folder: Path, rollout: Rollout, temperature: float) -> np.ndarray:
@@ -147,9 +153,9 @@ def test_the_canary_waits_for_no_completion_even_where_others_wait_for_their_sea
 
 def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(generator: RemoteActor, folders: list[Path]) -> None:
     ask(generator, "install", weights_of(folders[0], 4))
-    ask(generator, "submit", [make_ticket(index, seed=index) for index in range(24)])
-    time.sleep(0.15)
-    ask(generator, "install", weights_of(folders[1], 5))
+    new = weights_of(folders[1], 5)
+    submit_and_begin(generator, 24)
+    ask(generator, "install", new)
 
     rollouts = [rollout for group in collect(generator, 24) for rollout in group.rollouts]
 
@@ -202,9 +208,9 @@ def test_adapters_are_replaced_between_two_tokens(cluster: Cluster, tmp_path: Pa
     try:
         assert ask(actor, "install", adapted_version(folder, lora, 0)).canary_error < 1e-4
         assert ask(actor, "install", adapted_version(folder, lora, 1)).canary_error < 1e-4
-        ask(actor, "submit", [make_ticket(index, seed=index) for index in range(24)])
-        time.sleep(0.15)
-        assert ask(actor, "install", adapted_version(folder, lora, 2)).canary_error < 1e-4
+        new = adapted_version(folder, lora, 2)
+        submit_and_begin(actor, 24)
+        assert ask(actor, "install", new).canary_error < 1e-4
         rollouts = [rollout for group in collect(actor, 24) for rollout in group.rollouts]
     finally:
         kill(actor)
