@@ -162,7 +162,7 @@ class History:
     def drop_segment(self, segment: int) -> None:
         """Delete a segment that forget_before named. One that the next refers to, because that does not stand for itself, goes with it.
 
-        May run in a thread of its own beside everything but the beginning of a segment.
+        May run in a thread of its own, beside everything but begin_segment and forget_before.
         """
         if segment + 1 in self._openings:
             self._journal.drop_before(segment + 1)
