@@ -110,10 +110,10 @@ class Series:
 def answered(prometheus: str, query: str) -> list[Series]:
     """What it finds now; nothing while it is starting."""
     with suppress(httpx.TransportError):
-        answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=10.0).json()
-        if answer["status"] != "success":
-            assert answer["errorType"] == "unavailable", answer
+        response = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=10.0)
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             return []
+        answer = response.raise_for_status().json()
         return [Series(labels=found["metric"], value=float(found["value"][1])) for found in answer["data"]["result"]]
     return []
 

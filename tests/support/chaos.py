@@ -69,6 +69,8 @@ AGENTS = ("dashboard/agent.py", "DashboardAgent", "runtime_env/agent", "RuntimeE
 """Of Ray: they look for their raylet every half minute only."""
 ENDING_S, AGENTS_ENDING_S = 20.0, 90.0
 """How long the processes of a run may outlive it."""
+SHARED_MEMORY, SWEEPING_S = Path("/dev/shm"), 10.0
+"""Where it is, and how long a segment may outlive its processes: what sweeps up after a killed one notices its end first."""
 STOPPED = 130
 """Exit code of a driver that SIGINT ended."""
 
@@ -414,14 +416,29 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
 
 
 def _unused(names: set[str]) -> list[str]:
     """Those segments that no living process has mapped: other runs on this machine have theirs."""
-    used: set[str] = set()
-    for process in psutil.process_iter() if names else ():
-        with suppress(psutil.Error, OSError):
-            used |= {Path(region.path).name for region in process.memory_maps() if region.path.startswith("/dev/shm/")}
-    # A semaphore of another test's process has its name for a moment only, mapped by nobody: what is left stays.
-    return sorted((names - used) & _shared_memory())
+    ends = time.monotonic() + SWEEPING_S
+    while left := _unmapped(names):
+        if time.monotonic() > ends:
+            return sorted(left)
+        time.sleep(0.5)
+    return []
+
+
+def _unmapped(names: set[str]) -> set[str]:
+    """By inode: a semaphore is mapped under a name of its making, which is gone as soon as it has its own."""
+    inodes: dict[int, str] = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            inodes[(SHARED_MEMORY / name).stat().st_ino] = name
+    for process in psutil.process_iter() if inodes else ():
+        with suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                _, _, _, _, inode, *path = line.split(maxsplit=5)
+                if path and path[0].startswith(f"{SHARED_MEMORY}/"):
+                    inodes.pop(int(inode), None)
+    return set(inodes.values()) & _shared_memory()
