@@ -14,7 +14,7 @@ import torch
 
 from async_rlhf.adapters import add_adapters
 from async_rlhf.config.lora import LoraConfig
-from async_rlhf.config.schema import GeneratorConfig
+from async_rlhf.config.schema import Config
 from async_rlhf.policy import load_policy
 from async_rlhf.protocols import Occupancy, SampleRequest
 from async_rlhf.types import FinishReason, Rollout, VersionSpan, WeightsVersion
@@ -33,15 +33,14 @@ class _Running:
 class TransformersEngine:
     """The reference engine; see Engine for its methods."""
 
-    def __init__(
-        self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int, lora: LoraConfig | None = None
-    ) -> None:
+    def __init__(self, model_folder: Path, config: Config, *, eos_token_id: int) -> None:
         """See VLLMEngine; the weights of the folder serve until load()."""
-        self._model = load_policy(model_folder, torch.float32 if config.dtype == "float32" else torch.bfloat16).eval()
-        add_adapters(self._model, lora or LoraConfig(), seed=0)
+        settings, lora = config.generator, config.learner.lora
+        self._model = load_policy(model_folder, torch.float32 if settings.dtype == "float32" else torch.bfloat16).eval()
+        add_adapters(self._model, lora if lora.publishes_adapters else LoraConfig(), seed=0)
         self._eos_token_id = eos_token_id
-        self._max_new_tokens = config.max_new_tokens
-        self._num_slots = num_slots
+        self._max_new_tokens = settings.max_new_tokens
+        self._num_slots = settings.max_inflight
         self._queue: list[_Running] = []
         self._done: dict[str, dict[int, Rollout]] = {}
         self._version = 0

@@ -20,6 +20,7 @@ import psutil
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -27,7 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from actors.vllm_weights import TRANSFER, EngineUpdates, named_tensors
 from async_rlhf.adapters import save_adapters, target_layers
 from async_rlhf.config.lora import LoraConfig
-from async_rlhf.config.schema import GeneratorConfig
+from async_rlhf.config.schema import Config, GeneratorConfig
 from async_rlhf.errors import EngineError, TransferError
 from async_rlhf.policy import empty_policy
 from async_rlhf.protocols import Occupancy, SampleRequest
@@ -36,6 +37,8 @@ from async_rlhf.types import FinishReason, Meeting, Rollout, VersionSpan, Weight
 _CANARY = "canary"
 _CANARY_PRIORITY = -1
 """Before all else."""
+CANARY_SEATS = 1
+"""Beside those of completions, which may all be taken."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -54,47 +57,45 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 class VLLMEngine:
     """The default engine. load() must come before the first request."""
 
-    def __init__(
-        self, model_folder: Path, config: GeneratorConfig, *, eos_token_id: int, num_slots: int, lora: LoraConfig | None = None
-    ) -> None:
+    def __init__(self, model_folder: Path, config: Config, *, eos_token_id: int) -> None:
         """
         Args:
             model_folder: gives the architecture; its weights are read only where versions do not bring them.
             eos_token_id: ends a completion.
-            num_slots: completions sampled at once.
-            lora: versions hold these adapters alone; None: all weights.
         """
-        self._lora = lora
+        settings, lora = config.generator, config.learner.lora
+        self._lora = lora if lora.publishes_adapters else None
         self._eos_token_id = eos_token_id
-        self._max_new_tokens = config.max_new_tokens
+        self._max_new_tokens = settings.max_new_tokens
         self._finished: list[tuple[str, tuple[Rollout, ...]]] = []
         self._num_samples: dict[str, int] = {}
         on_cpu = not torch.cuda.is_available()
         arguments = EngineArgs(
             model=str(model_folder),
             skip_tokenizer_init=True,
-            load_format="dummy" if lora is None else "auto",
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=num_slots,
+            load_format="dummy" if self._lora is None else "auto",
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_inflight + CANARY_SEATS,
+            max_num_active_seqs=settings.max_inflight,
             scheduling_policy="priority",  # for the canary, or an install would wait until all that waits for a seat has had one
-            kv_cache_memory_bytes=config.kv_cache_mib << 20,
-            **_share_of_gpu(config),
+            kv_cache_memory_bytes=settings.kv_cache_mib << 20,
+            **_share_of_gpu(settings),
             block_size=32 if on_cpu else None,
-            enforce_eager=config.enforce_eager,
-            **(_whole_prompts(config, num_slots) if on_cpu else {}),
+            enforce_eager=settings.enforce_eager,
+            **(_whole_prompts(settings) if on_cpu else {}),
             # The behavior policy is the distribution really sampled: after the temperature.
             logprobs_mode="processed_logprobs",
             worker_extension_cls="actors.vllm_weights.WeightInstaller",
             weight_transfer_config=TRANSFER,
-            tensor_parallel_size=config.tensor_parallel_size,
-            distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
             disable_log_stats=True,
-            **({} if lora is None else _adapter_arguments(model_folder, lora)),
+            **({} if self._lora is None else _adapter_arguments(model_folder, self._lora)),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
-        self._updates = EngineUpdates(self._engine, config.tensor_parallel_size)
-        if config.tensor_parallel_size > 1:
+        self._updates = EngineUpdates(self._engine, settings.tensor_parallel_size, config.weights.rereads)
+        if settings.tensor_parallel_size > 1:
             forget_shared_memory()
 
     @property
@@ -105,9 +106,8 @@ class VLLMEngine:
     @property
     def occupancy(self) -> Occupancy:
         """The scheduler's own counts. Asked for, because vLLM's statistics cost a Prometheus registry and time in each step."""
-        scheduler: Any = cast(Any, self._engine.engine_core).engine_core.scheduler
-        num_running, num_waiting = scheduler.get_request_counts()
-        return Occupancy(num_running=num_running, num_waiting=num_waiting, kv_use_share=scheduler.kv_cache_manager.usage)
+        num_running, num_waiting = self._scheduler.get_request_counts()
+        return Occupancy(num_running=num_running, num_waiting=num_waiting, kv_use_share=self._scheduler.kv_cache_manager.usage)
 
     def add(self, request: SampleRequest) -> None:
         """Admit a request; vLLM samples its K completions from streams seed, seed + 1, ..."""
@@ -122,9 +122,7 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(
-            request.request_id, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters, lora_request=self._adapter("")
-        )
+        self._add(request.request_id, request.prompt_ids.tolist(), parameters)
         self._num_samples[request.request_id] = request.num_samples
 
     def step(self) -> list[tuple[str, tuple[Rollout, ...]]]:
@@ -160,24 +158,29 @@ class VLLMEngine:
             raise TransferError(f"vLLM could not receive weights version {manifest.version}: {error}") from error
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Prompt log-probabilities of one extra request, at once after a load: no seat is taken then, as what ran is to be read anew."""
+        """Prompt log-probabilities of one extra request, in a seat of its own, before all that waits."""
         parameters = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        self._engine.add_request(
-            _CANARY,
-            {"prompt_token_ids": list(token_ids)},
-            parameters,
-            lora_request=self._adapter(""),
-            priority=_CANARY_PRIORITY,
-        )
+        self._add(_CANARY, list(token_ids), parameters, priority=_CANARY_PRIORITY)
         logprobs = None
+        self._scheduler.max_num_active_reqs += CANARY_SEATS
         while logprobs is None:
             logprobs = self._step(_CANARY)
+        self._scheduler.max_num_active_reqs -= CANARY_SEATS
         return logprobs
 
     def close(self) -> None:
         """Free the key/value cache and the model."""
         with suppress(FileNotFoundError):  # what forget_shared_memory took away early
             self._engine.engine_core.shutdown()
+
+    @property
+    def _scheduler(self) -> Any:
+        return cast(Any, self._engine.engine_core).engine_core.scheduler
+
+    def _add(self, request_id: str, token_ids: list[int], parameters: SamplingParams, priority: int = 0) -> None:
+        """Whose prompt may go by what is cached of the same version alone."""
+        prompt = TokensPrompt(prompt_token_ids=token_ids, cache_salt=self._updates.version)
+        self._engine.add_request(request_id, prompt, parameters, lora_request=self._adapter(""), priority=priority)
 
     def _load_adapter(self, weights: WeightsVersion, lora: LoraConfig) -> None:
         """In place of the last version's. vLLM takes adapters from files; they are read at once, so a moment in memory is enough."""
@@ -222,11 +225,11 @@ def _share_of_gpu(config: GeneratorConfig) -> dict[str, Any]:
     return {"gpu_memory_utilization": GPU_MEMORY_SHARE * config.num_gpus} if 0 < config.num_gpus < 1 else {}
 
 
-def _whole_prompts(config: GeneratorConfig, num_slots: int) -> dict[str, Any]:
+def _whole_prompts(config: GeneratorConfig) -> dict[str, Any]:
     """No prompt is read in pieces: after a piece vLLM turns the request's random stream back, which a stream on the CPU cannot."""
     return {
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, num_slots),
+        "max_num_batched_tokens": max(MAX_STEP_TOKENS, config.max_model_len, config.max_inflight + CANARY_SEATS),
     }
 
 

@@ -236,12 +236,10 @@ def make_engine(config: Config, model_folder: Path) -> Engine:
     from transformers import AutoTokenizer
 
     eos_token_id = int(AutoTokenizer.from_pretrained(model_folder).eos_token_id)
-    num_slots = config.generator.max_inflight
-    lora = config.learner.lora if config.learner.lora.publishes_adapters else None
     if config.generator.engine == "vllm":
         from actors.engine_vllm import VLLMEngine
 
-        return VLLMEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots, lora=lora)
+        return VLLMEngine(model_folder, config, eos_token_id=eos_token_id)
     from actors.engine_transformers import TransformersEngine
 
-    return TransformersEngine(model_folder, config.generator, eos_token_id=eos_token_id, num_slots=num_slots, lora=lora)
+    return TransformersEngine(model_folder, config, eos_token_id=eos_token_id)

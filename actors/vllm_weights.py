@@ -52,9 +52,16 @@ class WeightInstaller:
 class EngineUpdates:
     """The engine's side: replaces the weights of all its workers between two steps. After any error the engine is unusable."""
 
-    def __init__(self, engine: LLMEngine, num_workers: int) -> None:
+    def __init__(self, engine: LLMEngine, num_workers: int, reread: bool) -> None:
+        """
+        Args:
+            reread: what runs is read anew under new weights; otherwise its keys and values of earlier versions stay.
+        """
         self._engine = engine
         self._num_workers = num_workers
+        self._reread = reread
+        self.version = "none"
+        """As vLLM is told of it."""
 
     def install(self, weights: WeightsVersion) -> None:
         """Load a version that is here."""
@@ -81,9 +88,11 @@ class EngineUpdates:
         self.commit(manifest.version)
 
     def commit(self, version: int) -> None:
-        """Every later token is sampled by the new policy alone: the running prefixes are computed again under it."""
-        self._engine.reset_prefix_cache(reset_running_requests=True)
-        self._engine.set_weight_version(str(version))
+        """Every later token is sampled by the new policy; by it alone, where the running prefixes are computed again under it."""
+        if self._reread:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+        self.version = str(version)
+        self._engine.set_weight_version(self.version)
 
 
 @dataclass

@@ -60,7 +60,9 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: WeightsVersion) -> None:
-        """Replace all weights; running completions go on under the new ones, and nothing cached under the old ones is used."""
+        """Replace all weights; running completions go on under the new ones. Nothing cached under the old ones is used, but by those that
+        were admitted before, under `weights.on_update: keep_cache`.
+        """
         ...
 
     def score(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -61,7 +61,8 @@ class Load:
         """Of learner and engine."""
         learner = ("precision=bfloat16", "zero_stage=1", "activation_checkpointing=true", f"peak_tflops={peak_tflops}")
         generator = (f"max_new_tokens={self.max_tokens}", f"max_model_len={4 * self.prompt_tokens + self.max_tokens}", "dtype=bfloat16")
-        engine = (f"num_gpus={int(on_gpu)}", f"enforce_eager={not on_gpu}", f"kv_cache_mib={self.kv_cache_mib}")
+        sizes = (f"kv_cache_mib={self.kv_cache_mib}", f"max_inflight={self.num_prompts}")
+        engine = (f"num_gpus={int(on_gpu)}", f"enforce_eager={not on_gpu}", *sizes)
         settings = [f"learner.{each}" for each in (*learner, f"max_tokens_per_microbatch={self.microbatch_tokens}")]
         return load_config([], ["algorithm=rloo", *settings, *(f"generator.{each}" for each in (*generator, *engine))]).config
 
@@ -132,7 +133,7 @@ def sample(load: Load, folder: Path, config: Config, rounds: int, answer: Connec
     """Send the engine's completion tokens per second, round by round; a first one warms it up."""
     from actors.engine_vllm import VLLMEngine
 
-    engine = VLLMEngine(folder, config.generator, eos_token_id=1, num_slots=load.num_prompts)
+    engine = VLLMEngine(folder, config, eos_token_id=1)
     nothing = WeightsManifest(version=0, tensors=(), canary_ids=(), canary_logprobs=())
     buckets = make_buckets(load_policy(folder, torch.bfloat16).named_parameters(), nothing, "bfloat16")
     engine.load(WeightsVersion.of(list(buckets)))

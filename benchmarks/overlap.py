@@ -17,7 +17,8 @@ A policy of random weights and 0.9M parameters, prompts of 4 to 6 tokens, comple
 at most 128): updates of two to five seconds. The tables of growth have other batches, and a policy of 5M parameters. Checkpoints and
 evaluations are left out.
 
-Not in the ideal: each generator installs each version, and reads what it is in the middle of anew under it; `install s` is that.
+Not in the ideal: each generator installs each version, and reads what it is in the middle of anew under it; `install s` is that. With
+`weights.on_update: keep_cache` it does not read anew: a table compares the two, in turn, where generation bounds.
 """
 
 import argparse
@@ -68,6 +69,8 @@ READINGS = (
     "generate/waiting_requests",
     "queue/staleness_mean",
 )
+INSTALLS = ("weights/install_s", "weights/pause_s", "weights/canary_s")
+KEEPING_ROUNDS = 3
 BLOCKS = 3
 """Into which a run's updates are cut, for the spread."""
 
@@ -140,6 +143,21 @@ def measure_regimes(bench: Bench, names: Sequence[str], staleness: Sequence[int]
     return metrics, runs
 
 
+def measure_keeping(bench: Bench) -> dict[str, float]:
+    """The generation-bound regime again, and in turn with it the one in which nothing is read anew."""
+    settings = REGIMES["generation_bound"]
+    runs: dict[str, list[Measured]] = {"keep": [], "keep_cache": []}
+    for _ in range(KEEPING_ROUNDS):
+        for way, of_way in runs.items():
+            of_way.append(bench.run([*settings, f"weights.on_update={way}"], STALENESS[0]))
+    times = bench.stages(settings)
+    found = {way: Spread.of([for_run(times, run).ideal_s / run.update_s for run in of_way]) for way, of_way in runs.items()}
+    means = {way: [statistics.fmean(run.mean(key) for run in of_way) for key in INSTALLS] for way, of_way in runs.items()}
+    rows = [(way, *means[way], statistics.fmean(run.update_s for run in of_way), found[way]) for way, of_way in runs.items()]
+    show("Generation-bound by weights.on_update, in turn, staleness 2", ("", *INSTALLS, "update s", "efficiency"), rows)
+    return {f"efficiency_generation_bound_{way}": spread.median for way, spread in found.items()}
+
+
 def show_profile(runs: Mapping[str, Measured]) -> dict[str, float]:
     """Who spends how much CPU on an update; all of it over what two cores have, and what is neither of the three stages."""
     kinds = sorted({kind for run in runs.values() for kind in run.cpu_s}, key=lambda kind: -max(run.cpu_s[kind] for run in runs.values()))
@@ -198,6 +216,8 @@ def main() -> None:
         bench = Bench(Path(temporary) / "start", arguments.quick, POLICY)
         metrics, runs = measure_regimes(bench, names, STALENESS[:1] if arguments.quick else STALENESS)
         metrics |= show_profile(runs)
+        if not arguments.quick and "generation_bound" in runs:
+            metrics |= measure_keeping(bench)
         if not arguments.quick and "balanced" in runs:
             metrics |= measure_growth(bench, runs["balanced"])
             metrics |= measure_larger(Bench(Path(temporary) / "larger", arguments.quick, LARGER_POLICY))

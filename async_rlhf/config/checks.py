@@ -84,6 +84,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
         yield f"run.name must be letters, digits, '.', '_' and '-', starting with a letter or digit, got {config.run.name!r}"
+    if not config.weights.rereads and config.generator.engine != "vllm":
+        yield (
+            f"weights.on_update keep_cache keeps what vLLM has cached, got generator.engine {config.generator.engine}, which has no cache; "
+            "set weights.on_update=keep"
+        )
     if config.learner.lora.publishes_adapters and config.learner.lora.rank > 512:
         yield (
             f"learner.lora.publish adapter takes ranks up to 512, which is as far as vLLM goes, got {config.learner.lora.rank}; "

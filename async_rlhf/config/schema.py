@@ -142,8 +142,10 @@ class WeightsConfig:
     processes on CPUs."""
     held_on: Literal["gpu", "cpu"] = "gpu"
     """Where the learner's rank 0 holds the version that it sends by nccl; `cpu` when its GPU has no room for a second copy."""
-    on_update: Literal["keep", "drain"] = "keep"
-    """`keep`: running requests go on under the new weights; `drain`: they finish first."""
+    on_update: Literal["keep", "keep_cache", "drain"] = "keep"
+    """`keep`: running requests go on under the new weights, and what they have so far is read anew under them; `keep_cache`: it is not,
+    which saves the more the longer completions are, and their keys and values of earlier versions stay (PipelineRL, arXiv 2509.19128);
+    `drain`: they finish first."""
     verify: bool = True
     """Checksums, and the canary after every install."""
     canary_tolerance: float = number(0.0, ge=0.0, le=10.0)
@@ -153,6 +155,11 @@ class WeightsConfig:
     def by_group(self) -> bool:
         """Whether the learner sends to each generator through a group of processes."""
         return self.transport != "object_store"
+
+    @property
+    def rereads(self) -> bool:
+        """Whether what running requests have so far is read anew under each version."""
+        return self.on_update != "keep_cache"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ModelEngine:
         """(number of steps after which a completion ends, its number, its group): a heap of those in the batch."""
         self._num_joined = 0
         self._num_steps = 0.0
-        self._pauses: deque[tuple[float, int, simpy.Event]] = deque()
+        self._pauses: deque[tuple[float, int, bool, simpy.Event]] = deque()
         self._version = 0
         self._busy_s = 0.0
         self._stepping_since: float | None = None
@@ -92,10 +92,14 @@ class ModelEngine:
         if not self._wanted.triggered:
             self._wanted.succeed()
 
-    def install(self, seconds: float, version: int) -> simpy.Event:
-        """Load weights for so long, from the end of this step on, and try the canary; the event comes when that is over."""
+    def install(self, seconds: float, version: int, *, reread: bool = True) -> simpy.Event:
+        """Load weights for so long, from the end of this step on, and try the canary; the event comes when that is over.
+
+        Args:
+            reread: what all that are running have so far, in the canary's step.
+        """
         over = self._env.event()
-        self._pauses.append((seconds, version, over))
+        self._pauses.append((seconds, version, reread, over))
         self.wake()
         return over
 
@@ -114,10 +118,11 @@ class ModelEngine:
             yield from self._cores.work(self._rates.engine_beside_s * num_joined)
 
     def _install(self) -> Steps:
-        """The load; then one step, the canary's: all that are running are read anew under the new weights, and get a token, too."""
-        seconds, self._version, over = self._pauses.popleft()
+        """The load; then one step, the canary's, in which all that are running get a token, too."""
+        seconds, self._version, reread, over = self._pauses.popleft()
         rates, num = self._rates, len(self._ends) + 1
-        yield from self._cores.work(seconds + rates.engine_step_s + (rates.engine_completion_s + rates.engine_prompt_s) * num)
+        step_s = rates.engine_step_s + rates.engine_completion_s * num + rates.engine_prompt_s * (num if reread else 1)
+        yield from self._cores.work(seconds + step_s)
         self._advance(1.0)
         over.succeed()
 

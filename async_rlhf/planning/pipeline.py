@@ -189,7 +189,7 @@ class PipelineModel:
             yield from self._call()
             self._num_calls += 1  # the install: how long it is on its way is in transfer_s
             yield self._env.timeout(self._rates.transfer_s)
-            yield member.generator.engine.install(self._rates.load_s, offer)
+            yield member.generator.engine.install(self._rates.load_s, offer, reread=self._config.weights.rereads)
             yield from self._call()
             member.installed = offer
             member.changed.notify()

@@ -242,7 +242,7 @@ def paced(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Ite
     allowed = Permits()
 
     def make_engine(_: Config, model_folder: Path) -> PacedEngine:
-        engine = PacedEngine(model_folder, config.generator, eos_token_id=EOS, num_slots=config.generator.max_inflight)
+        engine = PacedEngine(model_folder, config, eos_token_id=EOS)
         engine.allowed = allowed
         return engine
 

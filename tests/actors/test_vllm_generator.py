@@ -76,9 +76,9 @@ def submit_and_begin(actor: RemoteActor, num_groups: int) -> None:
     eventually(lambda: ask(actor, "usage").occupancy.num_running > 0)
 
 
-def policy_logprobs(folder: Path, rollout: Rollout, temperature: float) -> np.ndarray:
-    """[T] of the completion after make_ticket's prompt, by plain transformers."""
-    prompt = make_ticket().prompt.token_ids
+def policy_logprobs(folder: Path, rollout: Rollout, temperature: float, prompt: np.ndarray | None = None) -> np.ndarray:
+    """[T] of the completion after the prompt, make_ticket's without one, by plain transformers."""
+    prompt = make_ticket().prompt.token_ids if prompt is None else prompt
     ids = torch.from_numpy(np.concatenate([prompt, rollout.completion_ids]).astype(np.int64))[None]
     with torch.no_grad():
         logits = load_policy(folder)(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
@@ -181,6 +181,76 @@ def test_more_prompt_tokens_than_one_step_takes_are_sampled_from_seeded_streams(
 
     assert [rollout.completion_ids.tolist() for rollout in first] == [rollout.completion_ids.tolist() for rollout in second]
     assert len({tuple(rollout.completion_ids.tolist()) for rollout in first}) > 100
+
+
+# What was read under earlier weights, kept.
+
+
+@pytest.fixture(scope="module")
+def keeper(cluster: Cluster, folders: list[Path]) -> Iterator[RemoteActor]:
+    config = replace(CONFIG, weights=replace(CONFIG.weights, on_update="keep_cache"))
+    actor = cluster.start(ActorSpec(name="keeper", cls=Generator, args=(config, str(folders[0]), "keeper"), max_concurrency=8))
+    yield actor
+    kill(actor)
+
+
+def continued_logprobs(folders: list[Path], rollout: Rollout, start: int) -> np.ndarray:
+    """[T - start] of the completion from token `start` on, by the second policy, with the keys and values that the first one had made
+    of all that it had read: everything before the last token that it sampled.
+    """
+    prompt = make_ticket().prompt.token_ids
+    ids = torch.from_numpy(np.concatenate([prompt, rollout.completion_ids]).astype(np.int64))[None]
+    read = len(prompt) + start - 1
+    with torch.no_grad():
+        cache = load_policy(folders[0])(input_ids=ids[:, :read], use_cache=True).past_key_values
+        logits = load_policy(folders[1])(input_ids=ids[:, read:-1], past_key_values=cache).logits[0] / TEMPERATURE
+    return logits.log_softmax(-1).gather(-1, ids[0, read + 1 :, None])[:, 0].numpy()
+
+
+def test_tokens_after_an_install_that_keeps_the_cache_follow_the_new_version_on_the_old_ones_keys_and_values(
+    keeper: RemoteActor, folders: list[Path]
+) -> None:
+    ask(keeper, "install", weights_of(folders[0], 4))
+    submit_and_begin(keeper, 24)
+    assert ask(keeper, "install", weights_of(folders[1], 5)).canary_error < 1e-4
+
+    rollouts = [rollout for group in collect(keeper, 24) for rollout in group.rollouts]
+
+    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
+    assert mixed, "no completion lived through the install"
+    for rollout in mixed[:5]:
+        old, new = rollout.version_spans
+        assert (old.version, new.version, old.start, old.end, new.end) == (4, 5, 0, new.start, len(rollout.completion_ids))
+        before = policy_logprobs(folders[0], rollout, TEMPERATURE)
+        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
+        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], continued_logprobs(folders, rollout, new.start), atol=2e-4)
+
+
+def test_the_canary_waits_for_no_completion_where_all_keep_their_seats(keeper: RemoteActor, folders: list[Path]) -> None:
+    num_groups = 2 * CONFIG.generator.max_inflight // CONFIG.completions_per_prompt
+    submit_and_begin(keeper, num_groups)
+    ask(keeper, "install", weights_of(folders[0], 6))
+    meanwhile, usage = len(ask(keeper, "collect", 0.0, 0.0)[1]), ask(keeper, "usage")
+
+    assert meanwhile < num_groups // 4
+    assert usage.occupancy.num_running <= CONFIG.generator.max_inflight
+    assert len(collect(keeper, num_groups - meanwhile)) == num_groups - meanwhile
+
+
+def test_a_prompt_that_comes_after_an_install_is_read_by_the_new_policy_though_the_old_one_had_read_it(
+    keeper: RemoteActor, folders: list[Path]
+) -> None:
+    """Longer than one of vLLM's blocks, so that it could be taken from what is cached."""
+    prompt = replace(make_ticket().prompt, token_ids=np.random.default_rng(0).integers(3, 20, 40, dtype=np.int32))
+    for which, version in ((0, 7), (1, 8)):
+        ask(keeper, "install", weights_of(folders[which], version))
+        for _ in range(2):
+            [rollout] = ask(keeper, "evaluate", [prompt], TEMPERATURE)
+            expected = policy_logprobs(folders[which], rollout, TEMPERATURE, prompt.token_ids)
+            np.testing.assert_allclose(rollout.behavior_logprobs, expected, atol=2e-4)
+
+
+# The last of the first generator.
 
 
 def test_weights_that_the_canary_does_not_recognise_end_the_generator(

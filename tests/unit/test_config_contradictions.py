@@ -55,6 +55,10 @@ UNCORRECTED = tuple(name for name in ALGORITHMS if name not in CORRECTED)
         (["generator.tensor_parallel_size=4", "generator.num_gpus=1"], ["got generator.num_gpus 1", "set generator.num_gpus=4"]),
         (["generator.num_gpus=2"], ["generator.num_gpus (2)", "set both to 2"]),
         (["generator.tensor_parallel_size=2", "generator.engine=transformers"], ["generator.engine vllm, got transformers"]),
+        (
+            ["weights.on_update=keep_cache", "generator.engine=transformers"],
+            ["got generator.engine transformers", "set weights.on_update=keep"],
+        ),
         (["model.num_heads=5"], ["model.hidden_size (128) must be a multiple of model.num_heads (5)"]),
     ],
 )
@@ -76,6 +80,7 @@ def test_settings_that_contradict_are_refused_with_both_values_and_a_remedy(over
         ["weights.transport=nccl", "generator.num_gpus=1", "learner.num_gpus=1"],
         ["weights.transport=nccl", "generator.num_gpus=4", "generator.tensor_parallel_size=4", "learner.num_gpus=1"],
         ["generator.num_gpus=0.5"],
+        ["weights.on_update=keep_cache"],
         ["model.num_heads=5", "model.path=/some/model"],
         ["algorithm.name=rloo", "algorithm.dpo.loss=ipo"],
         ["algorithm.dpo.loss=sigmoid", "algorithm.dpo.label_smoothing=0.1"],

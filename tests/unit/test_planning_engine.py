@@ -40,6 +40,7 @@ def finish_times(
     prompt_s: float = 0.0,
     beside_s: float = 0.0,
     num_seats: int = MANY_SEATS,
+    reread: bool = True,
 ) -> tuple[dict[int, float], float]:
     """When each ticket's group is finished, and for how long the engine was busy; steps of n completions take 1 + n seconds."""
     env, ends = simpy.Environment(), dict[int, float]()
@@ -60,7 +61,7 @@ def finish_times(
     def hold():
         for at, seconds in sorted((installs or {}).items()):
             yield env.timeout(at - env.now)
-            yield engine.install(seconds, 1)
+            yield engine.install(seconds, 1, reread=reread)
 
     env.process(give())
     env.process(hold())
@@ -100,6 +101,13 @@ def test_running_completions_are_read_anew_after_an_install():
     ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0}, prompt_s=10.0)
 
     assert ends == {0: pytest.approx(12.0 + 30.0)} and busy_s == pytest.approx(14.0)
+
+
+def test_what_keeps_its_cache_is_not_read_anew_after_an_install():
+    """As above, but in the canary's step the canary alone is read."""
+    ends, busy_s = finish_times({0.0: [(0, [3.0])]}, installs={2.0: 5.0}, prompt_s=10.0, reread=False)
+
+    assert ends == {0: pytest.approx(12.0 + 20.0)} and busy_s == pytest.approx(14.0)
 
 
 def test_what_the_process_does_beside_the_steps_delays_them_and_is_no_work_of_the_engine():
