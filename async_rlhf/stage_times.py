@@ -34,6 +34,8 @@ class StageTimes:
     """A generator's engine steps, the mean over generators."""
     pause_s: float
     """A generator's install."""
+    canary_s: float = 0.0
+    """Of it, the step with the canary, in which what runs is read anew (`weights.on_update: keep`); 0 where not measured."""
     other_s: float = 0.0
     """Of the train loop besides: books, what waits for installs (on_update: drain), a checkpoint after every update."""
     score_s: float = 0.0
@@ -93,7 +95,8 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
 
     update_s, sample_s, step_s = total_s / num, at_work("generate/idle_share"), mean("train/step_s")
     pauses = ("weights/pause_s", "weights/canary_s")
-    paused = pauses if all(key in row for _, row in spans for key in pauses) else ("weights/install_s",)
+    apart = all(key in row for _, row in spans for key in pauses)
+    pause_s = min(sum(map(mean, pauses if apart else ("weights/install_s",))), update_s - sample_s)
     generators = _number(spans[-1][1], "generate/generators")
     beside_s = max(0.0, update_s - mean("queue/wait_s") - step_s)
     timed = all(math.isfinite(_number(row, key)) for _, row in spans for key in PUSH)
@@ -104,7 +107,8 @@ def stage_times(rows: Sequence[Row], window: int = WINDOW) -> StageTimes | None:
         step_s=step_s,
         push_s=push_s,
         sample_s=sample_s,
-        pause_s=min(sum(map(mean, paused)), update_s - sample_s),
+        pause_s=pause_s,
+        canary_s=min(mean("weights/canary_s"), pause_s) if apart else 0.0,
         other_s=beside_s - push_s,
         score_s=at_work("score/idle_share") if "score" in known else 0.0,
         reward_s=at_work("reward/idle_share") if "reward" in known else 0.0,

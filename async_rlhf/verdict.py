@@ -30,6 +30,8 @@ SATURATED_SHARE = 0.75
 """Where the stages need less than this share of the time, none of them is what holds the run up."""
 PUSH_SHARE = 0.4
 """From this share of the bottleneck on, handing weights over is what holds it up, and not its work."""
+READING_SHARE = 0.1
+"""From this share of a generator's work on, reading anew what runs is worth a word."""
 MAX_FACTOR = 4
 MAX_MEMBERS = 4096
 """As many as the config takes of anything."""
@@ -127,6 +129,7 @@ def _bound_by_generation(times: StageTimes, config: Config, cores: str) -> Verdi
         other = f"; or algorithm.epochs_per_batch {epochs + 1}, for which the learner has the time"
     if most * config.completions_per_prompt > 2 * count * config.generator.max_inflight:
         other += f"; or more than generator.max_inflight {config.generator.max_inflight}, if the engine has room"
+    other += _reading_note(times, config)
     advice = f"{count} -> {wanted} generators would give about {gain:.1f}x{cores}"
     if wanted == count:
         advice = f"faster generators would help: each of {count} has few groups to sample, so more of them would not"
@@ -209,6 +212,7 @@ def _bound_by_weights(times: StageTimes, config: Config) -> Verdict:
             f"handing weights over takes {_percent(times.share(times.push_s))} of the learner's time and "
             f"{_percent(times.share(times.pause_s))} of the generators': push-bound; batch_groups {groups} -> {2 * groups} with "
             f"algorithm.minibatches_per_batch {parts} -> {2 * parts} (as many steps, half the pushes) would give about {gain:.1f}x"
+            f"{_reading_note(times, config)}"
         ),
         gain=gain,
         changes=(f"batch_groups={2 * groups}", f"algorithm.minibatches_per_batch={2 * parts}"),
@@ -279,6 +283,14 @@ def _cores_note(config: Config, num_cores: int | None) -> str:
     asked = sum(part.count * part.num_cpus for part in (config.generator, config.scorer, config.reward))
     asked += config.learner.num_ranks * config.learner.num_cpus
     return f", on more than this machine's {num_cores} cores, which are taken" if asked >= num_cores else ""
+
+
+def _reading_note(times: StageTimes, config: Config) -> str:
+    """Said where generators spend a good part of their time on reading anew what runs, which they need not."""
+    spared = config.weights.on_update == "keep" and config.generator.engine == "vllm" and times.generation_s >= times.learning_s
+    if not spared or times.canary_s < READING_SHARE * times.generation_s:
+        return ""
+    return f"; or weights.on_update keep_cache, as {_percent(times.share(times.canary_s))} of the time is reading anew what runs"
 
 
 def _percent(share: float) -> str:

@@ -43,6 +43,8 @@ LENGTHS = {"long-tailed": (32.0, 0.9, 512), "one length": (48.0, 0.0, 48)}
 """Median and sigma of the log-normal completion lengths, and their limit."""
 GROUPS = {"1M": 32, "10M": 8, "50M": 4}
 """A batch per model size: about a second or two of one core."""
+LARGER_GROUPS = 32
+"""Of the headline's size, for two ranks whose steps have more to share."""
 HEADLINE = "10M"
 DEFAULT_TOKENS = LearnerConfig().max_tokens_per_microbatch
 PACKING_GOAL, RATIO_GOAL, MAX_SLOPE = 1.5, 0.90, 0.05
@@ -59,6 +61,8 @@ class Case:
     """Of a microbatch, at most."""
     against: str = "bare"
     """The bare loop, or `padded`: train_step on padded batches."""
+    groups: int = 0
+    """In the batch; 0: those of the size."""
 
     def config(self, num_ranks: int, batching: str) -> Config:
         """What train_step is given."""
@@ -108,7 +112,7 @@ def compare(case: Case, rank: int, num_ranks: int, folder: Path, rounds: int) ->
     from learners.learner import Learner
 
     median, sigma, max_tokens = LENGTHS[case.lengths]
-    batch = make_batch(GROUPS[case.size], median=median, sigma=sigma, max_tokens=max_tokens, prompt_tokens=PROMPT_TOKENS)
+    batch = make_batch(case.groups or GROUPS[case.size], median=median, sigma=sigma, max_tokens=max_tokens, prompt_tokens=PROMPT_TOKENS)
     shard = shard_batch(batch, num_ranks=num_ranks, num_minibatches=1)[rank]
     config = case.config(num_ranks, "packed")
     learner = Learner(config, folder / case.size)
@@ -163,9 +167,15 @@ def against_bare(folder: Path, rounds: int, quick: bool) -> dict[str, float]:
     microbatches = [Case(size="1M", tokens=tokens) for tokens in ((1024, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384))]
     models = [Case(size=size) for size in (("1M",) if quick else ("1M", "50M"))]
     on_one = run([*stages, *microbatches, *models], 1, folder, rounds)
-    on_two = run(stages, 2, folder, rounds)
+    larger = [Case(zero_stage=stage, groups=LARGER_GROUPS) for stage in (() if quick else (2, 3))]
+    on_two = run([*stages, *larger], 2, folder, rounds)
     rows = [(f"{ranks}", stage, *times.row) for ranks, found in ((1, on_one), (2, on_two)) for stage, times in enumerate(found[:4])]
     show(f"train_step and the bare loop, {HEADLINE} parameters", ("ranks", "ZeRO", "ours, tokens/s", "bare", "ratio"), rows)
+    rows = [
+        (case.zero_stage, case.groups or GROUPS[HEADLINE], *times.row)
+        for case, times in zip([*stages[2:], *larger], on_two[2:], strict=True)
+    ]
+    show(f"Two ranks as the batch grows, {HEADLINE} parameters", ("ZeRO", "groups", "ours, tokens/s", "bare", "ratio"), rows)
     by_tokens = on_one[4 : 4 + len(microbatches)]
     slope = growth([case.tokens for case in microbatches], [float(np.median(times.ours)) for times in by_tokens])
     title, columns = "Tokens per microbatch (1M parameters, stage 0, one rank)", ("at most", "ours, tokens/s", "bare", "ratio")
@@ -178,6 +188,10 @@ def against_bare(folder: Path, rounds: int, quick: bool) -> dict[str, float]:
     show("Parameters (stage 0, one rank)", ("", *columns[1:]), rows, f"time per token ~ parameters^{slope:.2f}")
     metrics = {
         f"ratio_{ranks}_ranks_zero_{stage}": found[stage].ratio.median for ranks, found in ((1, on_one), (2, on_two)) for stage in range(4)
+    }
+    metrics |= {
+        f"ratio_2_ranks_zero_{case.zero_stage}_{case.groups}_groups": times.ratio.median
+        for case, times in zip(larger, on_two[4:], strict=True)
     }
     metrics |= {f"ratio_{size}": times.ratio.median for size, times in by_size.items()}
     metrics["two_ranks_speedup"] = float(np.median(on_one[0].ours) / np.median(on_two[0].ours))

@@ -57,8 +57,17 @@ def test_the_time_to_an_accuracy_lies_on_a_line_between_two_evaluations_at_the_v
     run = run_of([10.0] * 30, [(0, 0, 0.4), (10, 12, 0.5), (20, 22, 0.7)])
 
     # Versions 11 and 21 have 0.5 and 0.7: 0.6 is reached at version 16.
-    assert sync_vs_async.time_to(0.6, run) == pytest.approx(160.0)
-    assert math.isnan(sync_vs_async.time_to(0.9, run))
+    assert sync_vs_async.reached(0.6, run) == (pytest.approx(16.0), pytest.approx(160.0))
+    assert all(map(math.isnan, sync_vs_async.reached(0.9, run)))
+
+
+def test_one_lucky_evaluation_is_no_accuracy():
+    """The 0.7 and the 0.5 after it make two of 0.6."""
+    assert sync_vs_async.isotonic([0.4, 0.7, 0.5, 0.65, 0.9]) == pytest.approx([0.4, 0.6, 0.6, 0.65, 0.9])
+    assert sync_vs_async.isotonic([3.0, 2.0, 1.0]) == pytest.approx([2.0] * 3)
+
+    run = run_of([10.0] * 40, [(0, 0, 0.4), (10, 10, 0.7), (20, 20, 0.5), (30, 30, 0.8)])
+    assert sync_vs_async.reached(0.7, run) == (pytest.approx(25.0), pytest.approx(250.0))
 
 
 def test_the_stand_ins_reward_has_no_ties():

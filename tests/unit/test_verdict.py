@@ -16,7 +16,7 @@ from async_rlhf.commands.drive import _Watcher  # pyright: ignore[reportPrivateU
 from async_rlhf.config import Config, load_config, to_yaml
 from async_rlhf.config.algorithms import AlgorithmConfig
 from async_rlhf.config.prompts import PromptsConfig, SourceConfig
-from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig
+from async_rlhf.config.schema import GeneratorConfig, LearnerConfig, ScorerConfig, WeightsConfig
 from async_rlhf.progress import Progress
 from async_rlhf.recorder import Recorder, keep_config
 from async_rlhf.run_verdict import RunningVerdict, own_cores, verdict_of_folder
@@ -94,6 +94,27 @@ def test_more_completions_at_once_are_named_where_the_engine_holds_few_of_those_
 
     assert "or more than generator.max_inflight 16" in judged(narrow, wait=0.5, step=0.5, busy=0.95).text
     assert "max_inflight" not in judged(wait=0.5, step=0.5, busy=0.95).text
+
+
+def test_reading_anew_what_runs_is_named_where_it_takes_much_of_the_generators_time_and_can_be_spared():
+    """.70 sampling, .05 load, .15 the canary's step: a sixth of what the generators do."""
+
+    def text(canary_s: float, **weights: Any) -> str:
+        rows = [row | {"weights/pause_s": 0.05, "weights/canary_s": canary_s} for row in made_rows(wait=0.5, step=0.5, busy=0.70)]
+        return verdict_of(rows, replace(CONFIG, weights=WeightsConfig(**weights))).text
+
+    assert text(0.15).endswith("; or weights.on_update keep_cache, as 15 % of the time is reading anew what runs")
+    assert "keep_cache" not in text(0.05) and "keep_cache" not in text(0.15, on_update="keep_cache")
+    assert "keep_cache" not in text(0.15, on_update="drain")
+
+
+def test_a_push_that_is_mostly_reading_anew_says_so():
+    rows = [row | {"weights/pause_s": 0.1, "weights/canary_s": 0.5} for row in made_rows(wait=0.5, step=0.5, busy=0.3)]
+    verdict = verdict_of(rows, CONFIG)
+
+    assert verdict.bottleneck is Bottleneck.WEIGHTS and "or weights.on_update keep_cache, as 50 %" in verdict.text
+    pushed = verdict_of([row | {"train/take_s": 0.5, "weights/export_s": 0.0, "queue/wait_s": 0.0} for row in rows], CONFIG)
+    assert pushed.bottleneck is Bottleneck.WEIGHTS and "keep_cache" not in pushed.text, "the learner's push is what holds it up"
 
 
 def test_generators_that_a_learner_holds_back_want_more_ranks():
