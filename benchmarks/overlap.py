@@ -11,7 +11,7 @@ where the parts of the ideal are measured apart (stages.py: without Ray, queue a
 last one beside which tickets still go out. One generator, one learner rank and one scorer on two cores: the scorer shares the learner's.
 Both are of completions as long as the run's. Where the generator's core has time left the scorer uses it, so training-bound runs may be
 faster than that ideal; `efficiency_free` is against the stricter one that a scheduler without any cost would reach, max(t_gen, t_learn +
-t_gather, half of everything).
+t_gather, half of everything). `throughput_s1` is synchronous training's update (`max_staleness` 0, the same processes) over that of 1.
 
 A policy of random weights and 0.9M parameters, prompts of 4 to 6 tokens, completions that end by chance (geometric, 55 tokens in the mean,
 at most 128): updates of two to five seconds. The tables of growth have other batches, and a policy of 5M parameters. Checkpoints and
@@ -50,7 +50,8 @@ POLICY, LARGER_POLICY = {"hidden_size": 128, "num_layers": 4}, {"hidden_size": 2
 """Of 0.9 and of 5 million parameters."""
 LARGER = ["batch_groups=32", "completions_per_prompt=4", "generator.max_inflight=64"]
 """Balances the larger policy."""
-STALENESS = (2, 1, 4)
+STALENESS = (2, 1, 4, 0)
+"""Of the goal, of the others, and of synchronous training, in which the stages take turns."""
 SKIPPED, QUICK_SKIPPED = 3, 2
 """Updates until the queue is full and the engines are warm."""
 MEASURED_UPDATES, QUICK_UPDATES = 6, 3
@@ -131,6 +132,8 @@ def measure_regimes(bench: Bench, names: Sequence[str], staleness: Sequence[int]
             suffix = "" if eta == STALENESS[0] else f"_staleness_{eta}"
             metrics |= {f"efficiency_{name}{suffix}": found.median, f"update_s_{name}{suffix}": run.update_s}
             cells.append(found)
+        if {0, 1} <= of_name.keys():
+            metrics[f"throughput_s1_{name}"] = of_name[0].update_s / of_name[1].update_s
         metrics[f"efficiency_free_{name}"] = times.free_ideal_s / runs[name].update_s
         parts = (times.generate_s, times.train_s, times.gather_s, times.score_s)
         idle = f"{runs[name].mean('generate/idle_share'):.0%}/{runs[name].mean('train/idle_share'):.0%}"
