@@ -178,8 +178,8 @@ class VLLMEngine:
         return cast(Any, self._engine.engine_core).engine_core.scheduler
 
     def _add(self, request_id: str, token_ids: list[int], parameters: SamplingParams, priority: int = 0) -> None:
-        """Whose prompt may go by what is cached of the same version alone."""
-        prompt = TokensPrompt(prompt_token_ids=token_ids, cache_salt=self._updates.version)
+        """Whose prompt may go by what was cached since the last install alone."""
+        prompt = TokensPrompt(prompt_token_ids=token_ids, cache_salt=str(self._updates.num_installs))
         self._engine.add_request(request_id, prompt, parameters, lora_request=self._adapter(""), priority=priority)
 
     def _load_adapter(self, weights: WeightsVersion, lora: LoraConfig) -> None:

@@ -60,8 +60,8 @@ class EngineUpdates:
         self._engine = engine
         self._num_workers = num_workers
         self._reread = reread
-        self.version = "none"
-        """As vLLM is told of it."""
+        self.num_installs = 0
+        """What one of them has cached is not for another, though a version comes twice: the first, and after a lost history."""
 
     def install(self, weights: WeightsVersion) -> None:
         """Load a version that is here."""
@@ -91,8 +91,8 @@ class EngineUpdates:
         """Every later token is sampled by the new policy; by it alone, where the running prefixes are computed again under it."""
         if self._reread:
             self._engine.reset_prefix_cache(reset_running_requests=True)
-        self.version = str(version)
-        self._engine.set_weight_version(self.version)
+        self.num_installs += 1
+        self._engine.set_weight_version(str(version))
 
 
 @dataclass
