@@ -171,11 +171,10 @@ def against_bare(folder: Path, rounds: int, quick: bool) -> dict[str, float]:
     on_two = run([*stages, *larger], 2, folder, rounds)
     rows = [(f"{ranks}", stage, *times.row) for ranks, found in ((1, on_one), (2, on_two)) for stage, times in enumerate(found[:4])]
     show(f"train_step and the bare loop, {HEADLINE} parameters", ("ranks", "ZeRO", "ours, tokens/s", "bare", "ratio"), rows)
-    rows = [
-        (case.zero_stage, case.groups or GROUPS[HEADLINE], *times.row)
-        for case, times in zip([*stages[2:], *larger], on_two[2:], strict=True)
-    ]
-    show(f"Two ranks as the batch grows, {HEADLINE} parameters", ("ZeRO", "groups", "ours, tokens/s", "bare", "ratio"), rows)
+    if larger:
+        both = zip([*stages[2:], *larger], on_two[2:], strict=True)
+        rows = [(case.zero_stage, case.groups or GROUPS[HEADLINE], *times.row) for case, times in both]
+        show(f"Two ranks as the batch grows, {HEADLINE} parameters", ("ZeRO", "groups", "ours, tokens/s", "bare", "ratio"), rows)
     by_tokens = on_one[4 : 4 + len(microbatches)]
     slope = growth([case.tokens for case in microbatches], [float(np.median(times.ours)) for times in by_tokens])
     title, columns = "Tokens per microbatch (1M parameters, stage 0, one rank)", ("at most", "ours, tokens/s", "bare", "ratio")

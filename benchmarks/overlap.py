@@ -25,9 +25,10 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from harness import CHECKOUT, Goal, Spread, command_line, console, finish, growth, show
+from harness import CHECKOUT, Goal, Spread, command_line, console, finish, growth, in_turn, show
 from pipeline_runs import Measured, run_pipeline
 from stages import StageTimes, make_start, measure_stages
 
@@ -149,10 +150,8 @@ def measure_regimes(bench: Bench, names: Sequence[str], staleness: Sequence[int]
 def measure_keeping(bench: Bench) -> dict[str, float]:
     """The generation-bound regime again, and in turn with it the one in which nothing is read anew."""
     settings = REGIMES["generation_bound"]
-    runs: dict[str, list[Measured]] = {"keep": [], "keep_cache": []}
-    for _ in range(KEEPING_ROUNDS):
-        for way, of_way in runs.items():
-            of_way.append(bench.run([*settings, f"weights.on_update={way}"], STALENESS[0]))
+    ways = {way: partial(bench.run, [*settings, f"weights.on_update={way}"], STALENESS[0]) for way in ("keep", "keep_cache")}
+    runs = in_turn(ways, KEEPING_ROUNDS)
     times = bench.stages(settings)
     found = {way: Spread.of([for_run(times, run).ideal_s / run.update_s for run in of_way]) for way, of_way in runs.items()}
     means = {way: [statistics.fmean(run.mean(key) for run in of_way) for key in INSTALLS] for way, of_way in runs.items()}

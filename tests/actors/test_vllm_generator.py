@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,28 @@ def submit_and_begin(actor: RemoteActor, num_groups: int) -> None:
 def policy_logprobs(folder: Path, rollout: Rollout, temperature: float, prompt: np.ndarray | None = None) -> np.ndarray:
     """[T] of the completion after the prompt, make_ticket's without one, by plain transformers."""
     prompt = make_ticket().prompt.token_ids if prompt is None else prompt
-    ids = torch.from_numpy(np.concatenate([prompt, rollout.completion_ids]).astype(np.int64))[None]
-    with torch.no_grad():
-        logits = load_policy(folder)(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0].numpy()
+    return logprobs_of(load_policy(folder), prompt.tolist(), rollout.completion_ids.tolist(), temperature)
+
+
+def check_both_sides(
+    groups: list[RolloutGroup],
+    *,
+    versions: tuple[int, int],
+    before: Callable[[Rollout], np.ndarray],
+    after: Callable[[Rollout, int], np.ndarray],
+) -> None:
+    """Of completions that lived through an install each token carries the version that sampled it, with its log-probability.
+
+    Args:
+        before: [T] of a completion by the first version; after: [T - start] by the second, from token `start` on.
+    """
+    mixed = [rollout for group in groups for rollout in group.rollouts if len(rollout.version_spans) == 2]
+    assert mixed, "no completion lived through the install"
+    for rollout in mixed[:5]:
+        old, new = rollout.version_spans
+        assert (old.version, new.version, old.start, old.end, new.end) == (*versions, 0, new.start, len(rollout.completion_ids))
+        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before(rollout)[: old.end], atol=2e-4)
+        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after(rollout, new.start), atol=2e-4)
 
 
 def greedy(folder: Path, num_tokens: int) -> list[int]:
@@ -157,16 +178,12 @@ def test_tokens_after_a_mid_generation_install_carry_and_follow_the_new_version(
     submit_and_begin(generator, 24)
     ask(generator, "install", new)
 
-    rollouts = [rollout for group in collect(generator, 24) for rollout in group.rollouts]
-
-    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
-    assert mixed, "no completion lived through the install"
-    for rollout in mixed[:5]:
-        old, new = rollout.version_spans
-        assert (old.version, new.version, old.start, old.end, new.end) == (4, 5, 0, new.start, len(rollout.completion_ids))
-        before, after = (policy_logprobs(folder, rollout, TEMPERATURE) for folder in folders)
-        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
-        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)
+    check_both_sides(
+        collect(generator, 24),
+        versions=(4, 5),
+        before=lambda rollout: policy_logprobs(folders[0], rollout, TEMPERATURE),
+        after=lambda rollout, start: policy_logprobs(folders[1], rollout, TEMPERATURE)[start:],
+    )
 
 
 def test_more_prompt_tokens_than_one_step_takes_are_sampled_from_seeded_streams(generator: RemoteActor, folders: list[Path]) -> None:
@@ -214,27 +231,28 @@ def test_tokens_after_an_install_that_keeps_the_cache_follow_the_new_version_on_
     submit_and_begin(keeper, 24)
     assert ask(keeper, "install", weights_of(folders[1], 5)).canary_error < 1e-4
 
-    rollouts = [rollout for group in collect(keeper, 24) for rollout in group.rollouts]
-
-    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
-    assert mixed, "no completion lived through the install"
-    for rollout in mixed[:5]:
-        old, new = rollout.version_spans
-        assert (old.version, new.version, old.start, old.end, new.end) == (4, 5, 0, new.start, len(rollout.completion_ids))
-        before = policy_logprobs(folders[0], rollout, TEMPERATURE)
-        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
-        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], continued_logprobs(folders, rollout, new.start), atol=2e-4)
+    check_both_sides(
+        collect(keeper, 24),
+        versions=(4, 5),
+        before=lambda rollout: policy_logprobs(folders[0], rollout, TEMPERATURE),
+        after=lambda rollout, start: continued_logprobs(folders, rollout, start),
+    )
 
 
-def test_the_canary_waits_for_no_completion_where_all_keep_their_seats(keeper: RemoteActor, folders: list[Path]) -> None:
-    num_groups = 2 * CONFIG.generator.max_inflight // CONFIG.completions_per_prompt
-    submit_and_begin(keeper, num_groups)
-    ask(keeper, "install", weights_of(folders[0], 6))
-    meanwhile, usage = len(ask(keeper, "collect", 0.0, 0.0)[1]), ask(keeper, "usage")
+def test_the_canary_needs_no_completion_to_end_where_all_keep_their_seats(keeper: RemoteActor, folders: list[Path]) -> None:
+    """All have completions of one length. A canary without a seat of its own would wait until they end: none would live through two."""
+    versions = count(5)
 
-    assert meanwhile < num_groups // 4
-    assert usage.occupancy.num_running <= CONFIG.generator.max_inflight
-    assert len(collect(keeper, num_groups - meanwhile)) == num_groups - meanwhile
+    def all_live_through_two() -> bool:
+        ask(keeper, "install", weights_of(folders[0], next(versions)))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, keeper, "evaluate", [make_ticket().prompt] * CONFIG.generator.max_inflight, 0.0)
+            eventually(lambda: asked.done() or ask(keeper, "usage").occupancy.num_running > 0)
+            for _ in range(2):
+                ask(keeper, "install", weights_of(folders[0], next(versions)))
+        return {len(rollout.version_spans) for rollout in asked.result()} == {3}
+
+    eventually(all_live_through_two)  # they may all have ended before the second one came
 
 
 def test_a_prompt_that_comes_after_an_install_is_read_by_the_new_policy_though_the_old_one_had_read_it(
@@ -281,15 +299,17 @@ def test_adapters_are_replaced_between_two_tokens(cluster: Cluster, tmp_path: Pa
         new = adapted_version(folder, lora, 2)
         submit_and_begin(actor, 24)
         assert ask(actor, "install", new).canary_error < 1e-4
-        rollouts = [rollout for group in collect(actor, 24) for rollout in group.rollouts]
+        groups = collect(actor, 24)
     finally:
         kill(actor)
 
-    mixed = [rollout for rollout in rollouts if len(rollout.version_spans) == 2]
-    assert mixed, "no completion lived through the install"
-    models, prompt = [adapted_policy(folder, lora, version) for version in (1, 2)], make_ticket().prompt.token_ids.tolist()
-    for rollout in mixed[:5]:
-        old, new = rollout.version_spans
-        before, after = (logprobs_of(model, prompt, rollout.completion_ids.tolist(), TEMPERATURE) for model in models)
-        np.testing.assert_allclose(rollout.behavior_logprobs[: old.end], before[: old.end], atol=2e-4)
-        np.testing.assert_allclose(rollout.behavior_logprobs[new.start :], after[new.start :], atol=2e-4)
+    first, second = (
+        partial(logprobs_of, adapted_policy(folder, lora, version), make_ticket().prompt.token_ids.tolist(), temperature=TEMPERATURE)
+        for version in (1, 2)
+    )
+    check_both_sides(
+        groups,
+        versions=(1, 2),
+        before=lambda rollout: first(rollout.completion_ids.tolist()),
+        after=lambda rollout, start: second(rollout.completion_ids.tolist())[start:],
+    )
